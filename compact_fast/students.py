@@ -1,0 +1,423 @@
+"""Students: loading by name, adapters, and the parts of a causal language model this project uses.
+
+The model's own head and loss are never called: `body_and_head` gives the decoder that makes hidden
+states and the matrix that would make logits of them. `attention_projections` gives the query and
+key maps of the last layer, for the attention consensus.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Settings by which known families change logits after the head; neutral values are harmless.
+_LOGIT_CHANGES = {
+    "final_logit_softcapping": (None, 0),
+    "output_logit_soft_cap": (None, 0),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "lm_head_multiplier": (None, 1),
+}
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """A low-rank adapter. `targets` are names of linear modules; those the student has are used."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.1
+    targets: tuple[str, ...] = LORA_TARGETS
+
+
+@dataclass
+class Student:
+    """A loaded student. `source` is the spec it came from, `description` one line for people."""
+
+    model: Any
+    tokenizer: Any
+    source: str
+    description: str
+
+
+@dataclass(frozen=True)
+class BodyAndHead:
+    """The two halves of a causal language model."""
+
+    body: Callable[..., Tensor]  # (input_ids, attention_mask=None) -> last hidden state [S, L, D]
+    weight: Tensor  # [V, D]; the unembedding, tied to the embedding or not
+    bias: Tensor | None  # [V]
+
+    @property
+    def trainable(self) -> bool:
+        return self.weight.requires_grad
+
+
+@dataclass(frozen=True)
+class AttentionProjections:
+    """Query and key maps of the last decoder layer: no rotation, no norm, adapters included."""
+
+    queries: Callable[[Tensor], Tensor]  # [S, D] -> [S, num_heads * head_dim]
+    keys: Callable[[Tensor], Tensor]  # [S, D] -> [S, num_kv_heads * head_dim]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+# ---- loading ---------------------------------------------------------------------------------
+
+
+def load_student(
+    spec: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    lora: LoraSettings | None = None,
+    gradient_checkpointing: bool = False,
+    seed: int = 0,
+) -> Student:
+    """Load a student and its tokenizer.
+
+    `spec` is a model id, a folder (a full model, or an adapter whose base is found by its own
+    spec), a GGUF file, "package:NAME" (the one GGUF file inside an installed Python package) or
+    "arithmetic" (the built-in student). `dtype` is "fp32", "bf16" or "auto": bf16 on a GPU that
+    has it, else fp32. With `lora` the student is wrapped by peft and only the adapter trains; a
+    folder that holds an adapter trains on with that adapter. `seed` draws the adapter's start.
+    Raises ValueError naming the spec and what is wrong with it.
+    """
+    torch_dtype = resolve_dtype(dtype)
+    adapter = Path(spec) / "adapter_config.json"
+    if adapter.is_file():
+        model, tokenizer = _load_adapter(spec, torch_dtype, trainable=lora is not None)
+    else:
+        model, tokenizer = _load_full(spec, torch_dtype)
+        if lora is not None:
+            model = add_lora(model, lora, base=spec, seed=seed)
+    if gradient_checkpointing:
+        prepare_checkpointing(model)
+    check_head(model)
+    return Student(model, tokenizer, spec, describe(model, spec))
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The torch dtype of "fp32", "bf16" or "auto"; a torch float dtype stays."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if gpu else torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"student_dtype={dtype!r}: expected one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _load_full(spec: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    if spec == "arithmetic":
+        from compact_fast.arithmetic import load_student as load_arithmetic
+
+        model, tokenizer = load_arithmetic(dtype)
+        return model, tokenizer
+    if spec.startswith("package:"):
+        return _load_gguf(_package_gguf(spec), spec, dtype)
+    if spec.endswith(".gguf"):
+        if not Path(spec).is_file():
+            raise ValueError(f"student={spec!r}: no such file")
+        return _load_gguf(Path(spec), spec, dtype)
+    if Path(spec).is_file():
+        raise ValueError(f"student={spec!r}: a file, but not a .gguf; give the model's folder")
+    if Path(spec).is_dir() and not (Path(spec) / "config.json").is_file():
+        raise ValueError(f"student={spec!r}: the folder has neither config.json nor an adapter")
+    return _from_pretrained(spec, spec, dtype)
+
+
+def _load_gguf(path: Path, spec: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"student={spec!r}: reading GGUF needs the package gguf: pip install gguf")
+    return _from_pretrained(str(path.parent), spec, dtype, gguf_file=path.name)
+
+
+def _package_gguf(spec: str) -> Path:
+    name = spec.removeprefix("package:")
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        found = None
+    if found is None or not found.submodule_search_locations:
+        remedy = f"pip install {name.replace('_', '-')}"
+        raise ValueError(f"student={spec!r}: the package is not installed ({remedy})")
+    files = sorted(p for d in found.submodule_search_locations for p in Path(d).rglob("*.gguf"))
+    if len(files) != 1:
+        names = ", ".join(p.name for p in files) or "none"
+        raise ValueError(f"student={spec!r}: expected one .gguf file in the package, found {names}")
+    return files[0]
+
+
+def _from_pretrained(where: str, spec: str, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not Path(where).exists():
+        kwargs["local_files_only"] = not _on_hub(spec)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        if kwargs.get("local_files_only"):
+            raise ValueError(
+                f"student={spec!r}: no such folder here, not in the local cache of the model hub, "
+                "and the hub cannot be reached"
+            ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"student={spec!r}: cannot be loaded: {reason}") from error
+    return model, tokenizer
+
+
+def _on_hub(spec: str) -> bool:
+    """Whether the hub answers and has the model; False when it cannot be reached.
+
+    Asked once and first, as a loader without network retries for most of a minute.
+    """
+    from huggingface_hub import model_info
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        model_info(spec, timeout=10)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(
+            f"student={spec!r}: no such folder here, and no such model on the hub "
+            "(or a private one, without access)"
+        ) from error
+    except Exception:  # the transport's own errors differ from version to version
+        return False
+    return True
+
+
+def _load_adapter(spec: str, dtype: torch.dtype, *, trainable: bool) -> tuple[Any, Any]:
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoTokenizer
+
+    base = PeftConfig.from_pretrained(spec).base_model_name_or_path
+    if not base:
+        raise ValueError(f"student={spec!r}: adapter_config.json names no base model")
+    model, tokenizer = _load_full(base, dtype)
+    model = PeftModel.from_pretrained(model, spec, is_trainable=trainable)
+    if (Path(spec) / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(spec)
+    return model, tokenizer
+
+
+def add_lora(model: Any, settings: LoraSettings, *, base: str | None = None, seed: int = 0) -> Any:
+    """Wrap a model by peft; only the adapter trains. `base` is the spec stored in the adapter.
+
+    Raises ValueError when none of the targets exists (naming those that do), or when the head is
+    a target.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    head = _head_name(model)
+    if head in settings.targets:
+        raise ValueError(f"lora_targets: {head}: an adapter on the head is not supported")
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    }
+    targets = [name for name in settings.targets if name in linear]
+    if not targets:
+        raise ValueError(
+            f"lora_targets={','.join(settings.targets)}: {type(model).__name__} has none of them; "
+            f"its linear modules are {', '.join(sorted(linear - {head}))}"
+        )
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():  # the adapter's start must not depend on what ran before
+        torch.manual_seed(seed)
+        model = get_peft_model(model, config)
+    if base is not None:
+        model.peft_config["default"].base_model_name_or_path = base
+    return model
+
+
+def prepare_checkpointing(model: Any) -> None:
+    """Let gradients reach a frozen body's first layer, without which recomputation has none."""
+    if not any(p.requires_grad for p in model.get_input_embeddings().parameters()):
+        model.enable_input_require_grads()
+
+
+def describe(model: Any, spec: str) -> str:
+    """One line: class, parameters, trained share, dtype."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    name = type(causal_model(model)).__name__
+    share = f"{trained / 1e6:.2f}M trained" if trained < total else "all trained"
+    return f"{spec}: {name}, {total / 1e6:.1f}M parameters, {share}, {dtype}"
+
+
+# ---- parts -----------------------------------------------------------------------------------
+
+
+def unwrap(model: Any) -> Any:
+    """Without the wrappers of data-parallel training and compilation; adapters stay."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def causal_model(model: Any) -> Any:
+    """The transformers model itself; its layers hold the adapters that peft injected."""
+    model = unwrap(model)
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def body_and_head(model: Any) -> BodyAndHead:
+    """Split a causal language model into the body that makes hidden states, and the head.
+
+    Raises ValueError, naming the value, for what would make logits differ from `hidden @ W.T`:
+    soft-capping, a logit scale, an adapter on the head.
+    """
+    causal = causal_model(model)
+    body, head = causal.base_model, causal.get_output_embeddings()
+    if body is causal or head is None:
+        raise ValueError(f"{type(causal).__name__} is not a causal language model with a head")
+    config = causal.config.get_text_config()
+    for name, neutral in _LOGIT_CHANGES.items():
+        value = getattr(config, name, None)
+        if value not in neutral:
+            raise ValueError(f"{type(causal).__name__}: {name}={value} is not supported")
+    if hasattr(head, "modules_to_save"):  # peft trains a whole copy of the head
+        head = head.modules_to_save[head.active_adapter]
+    if hasattr(head, "lora_A") or hasattr(head, "base_layer"):
+        raise ValueError(
+            f"{type(causal).__name__}: an adapter on the head ({_head_name(causal)}) is not "
+            "supported; take it out of the adapter's target modules"
+        )
+
+    def run(input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        return hidden_states(body, input_ids, attention_mask, **kwargs)
+
+    return BodyAndHead(run, head.weight, getattr(head, "bias", None))
+
+
+def hidden_states(
+    body: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+) -> Tensor:
+    """Last hidden state [S, L, D] after the final norm; the one way in which bodies are called."""
+    if "use_cache" in inspect.signature(body.forward).parameters or _takes_kwargs(body):
+        kwargs["use_cache"] = False
+    out = body(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+    hidden: Tensor = out.last_hidden_state
+    return hidden
+
+
+def _takes_kwargs(module: nn.Module) -> bool:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def _head_name(model: Any) -> str:
+    head = causal_model(model).get_output_embeddings()
+    names = [n for n, m in causal_model(model).named_modules() if m is head]
+    return names[0] if names else "lm_head"
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Compare the model's own logits with `hidden @ W.T + b` on three tokens.
+
+    Raises ValueError when they differ: such a model changes its logits in a way this project does
+    not know, and would be trained on wrong likelihoods.
+    """
+    causal, parts = causal_model(model), body_and_head(model)
+    if parts.weight.is_meta:
+        return
+    ids = torch.arange(1, 4, device=parts.weight.device)[None]
+    with inference(causal):
+        own = causal(input_ids=ids).logits.float()
+        ours = nn.functional.linear(parts.body(ids), parts.weight, parts.bias).float()
+    error = float((own - ours).abs().max() / own.abs().max().clamp(min=1e-6))
+    if not error < (1e-4 if parts.weight.dtype == torch.float32 else 5e-2):
+        raise ValueError(
+            f"{type(causal).__name__}: its logits are not hidden states times the head (relative "
+            f"difference {error:.2g}); such models are not supported"
+        )
+
+
+def attention_projections(model: Any) -> AttentionProjections:
+    """Query and key maps of the last decoder layer (Llama, Qwen, Gemma, Mistral, Phi and alike).
+
+    Raises ValueError, naming the layer's class, where there are none.
+    """
+    causal = causal_model(model)
+    config = causal.config.get_text_config()
+    layers = getattr(causal.base_model, "layers", None)
+    attention = getattr(layers[-1], "self_attn", None) if layers is not None else None
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    q, k = getattr(attention, "q_proj", None), getattr(attention, "k_proj", None)
+    fused = getattr(attention, "qkv_proj", None)
+    if q is not None and k is not None:
+        widths = (q.out_features, k.out_features)
+        queries, keys = _without_dropout(q), _without_dropout(k)
+    elif fused is not None:
+        widths = (heads * dim, kv_heads * dim)
+        both = _without_dropout(fused)
+        bounds = (widths[0], sum(widths))
+
+        def queries(x: Tensor) -> Tensor:
+            return both(x)[..., : bounds[0]]
+
+        def keys(x: Tensor) -> Tensor:
+            return both(x)[..., bounds[0] : bounds[1]]
+    else:
+        where = type(attention).__name__ if attention is not None else type(causal).__name__
+        raise ValueError(
+            f"{where}: no q_proj and k_proj in the last layer; attention consensus is not "
+            'supported for this student (use consensus="graph")'
+        )
+    if widths != (heads * dim, kv_heads * dim):
+        raise ValueError(
+            f"{type(attention).__name__}: q_proj and k_proj make {widths} features, expected "
+            f"{(heads * dim, kv_heads * dim)}; attention consensus is not supported for it"
+        )
+    return AttentionProjections(queries, keys, heads, kv_heads, dim)
+
+
+@contextmanager
+def inference(module: nn.Module) -> Iterator[None]:
+    """Dropout off inside; every submodule's mode is put back afterwards."""
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _without_dropout(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        with inference(module):
+            out: Tensor = module(x)
+        return out
+
+    return run
