@@ -1,0 +1,93 @@
+"""The wording of the world's questions: topics, each with its own events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from compact_fast.arithmetic.steps import Operator
+
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
+
+
+@dataclass(frozen=True)
+class Topic:
+    """Phrases of one topic. Fields: {a} owner, {b} other owner, {n} number, {m} second number,
+    {x} what is counted."""
+
+    name: str
+    owners: tuple[str, ...]
+    things: tuple[str, ...]
+    start: tuple[str, ...]
+    packed: tuple[str, ...]  # m groups of n things: the start is a product
+    events: dict[Operator, tuple[str, ...]]
+    distractors: tuple[str, ...]
+
+
+TOPICS = (
+    Topic(
+        "things",
+        ("Ann", "Ben", "Mia", "Tom"),
+        ("marbles", "apples", "cards", "coins"),
+        ("{a} has {n} {x}", "{a} starts with {n} {x}"),
+        ("{a} has {m} boxes with {n} {x} in each",),
+        {
+            "+": (
+                "{a} buys {n} more {x}",
+                "{a} finds {n} more {x}",
+                "{a} gets {n} {x} from a friend",
+            ),
+            "-": ("{a} loses {n} {x}", "{a} gives {n} {x} away", "{a} sells {n} {x}"),
+            "*": ("{a} gets {n} times as many {x}",),
+            "/": ("{a} makes {n} equal parts and keeps one part",),
+        },
+        ("{a} is {n} years old", "{a} has {n} cousins"),
+    ),
+    Topic(
+        "bus",
+        ("bus A", "bus B", "bus C"),
+        ("people",),
+        ("{a} carries {n} {x}", "{a} starts with {n} {x}"),
+        ("{a} has {m} rows with {n} {x} in each",),
+        {
+            "+": ("{n} more {x} get on {a}", "{a} takes {n} {x} in"),
+            "-": ("{n} {x} get off {a}", "{n} {x} leave {a}"),
+            "*": ("{a} gets {n} times as many {x}",),
+            "/": ("{a} makes {n} equal parts and keeps one part",),
+        },
+        ("{a} has {n} windows", "{a} is {n} years old"),
+    ),
+    Topic(
+        "farm",
+        ("farm A", "farm B", "farm C"),
+        ("hens", "sheep", "cows"),
+        ("{a} has {n} {x}", "{n} {x} live on {a}"),
+        ("{a} has {m} barns with {n} {x} in each",),
+        {
+            "+": ("{n} {x} are born on {a}", "{a} buys {n} more {x}"),
+            "-": ("{n} {x} leave {a}", "{a} sells {n} {x}"),
+            "*": ("{a} gets {n} times as many {x}",),
+            "/": ("{a} makes {n} equal parts and keeps one part",),
+        },
+        ("{a} has {n} windows", "{a} has {n} dogs"),
+    ),
+    Topic(
+        "water",
+        ("tank A", "tank B", "tank C"),
+        ("liters",),
+        ("{a} holds {n} {x}", "{a} starts with {n} {x}"),
+        ("{a} is filled from {m} cans with {n} {x} in each",),
+        {
+            "+": ("{n} more {x} flow into {a}", "{a} takes {n} {x} in"),
+            "-": ("{a} loses {n} {x}", "{n} {x} leave {a}"),
+            "*": ("{a} gets {n} times as many {x}",),
+            "/": ("{a} makes {n} equal parts and keeps one part",),
+        },
+        ("{a} is {n} years old", "{a} has {n} handles"),
+    ),
+)
+
+ENDINGS = {
+    "end": ("How many {x} does {a} have in the end?", "How many {x} are there in the end?"),
+    "together": ("How many {x} do {a} and {b} have together?",),
+    "more": ("How many more {x} than {b} does {a} have?",),
+}

@@ -1,0 +1,132 @@
+"""Make the shipped student: `python -m compact_fast.arithmetic.warm_up [FOLDER]`.
+
+It learns single operations and problems of one or two steps, in every style, from clean texts:
+enough that its scores mean something, while longer problems are left for distillation. On one
+machine the same command gives the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from compact_fast.arithmetic.steps import OPERATORS, Computed, apply
+from compact_fast.arithmetic.student import CHECKPOINT, make_config, make_tokenizer
+from compact_fast.arithmetic.styles import STYLES
+from compact_fast.arithmetic.world import WorldOptions, generator, make_problem
+
+STEPS = 4000
+BATCH = 32
+FACTS_PER_TEXT = 8
+LEARNING_RATE = 3e-3
+SEED = 20
+EASY = WorldOptions(min_steps=1, max_steps=2, any_first_day=True)
+IGNORE = -100
+
+Example = tuple[list[int], list[int]]  # token ids, labels
+
+
+def facts(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> Example:
+    """Equations one behind another; only their results are learnt."""
+    texts = []
+    while len(texts) < FACTS_PER_TEXT:
+        operator = rng.choice(OPERATORS)
+        left = rng.randint(0, 60)
+        right = rng.randint(2, 3) if operator in "*/" else rng.randint(1, rng.choice((9, 50)))
+        result = apply(operator, left, right)
+        if result is not None:
+            texts.append(f"{left} {operator} {right} = {result}.")
+    ids = tokenizer.encode(f"<assistant>{' '.join(texts)}", add_special_tokens=False)
+    equals = tokenizer.convert_tokens_to_ids("=")
+    labels = [now if before == equals else IGNORE for before, now in zip([-1, *ids], ids)]  # noqa: B905
+    return ids, labels
+
+
+def easy_problem(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> Example:
+    """One easy problem with a right rationale in a random style."""
+    problem = make_problem(rng, EASY)
+    solution: list[Computed] = list(problem.solution)
+    rationale = STYLES[rng.choice(list(STYLES))](solution)
+    prompt = tokenizer.encode(f"<user>{problem.question}<assistant>", add_special_tokens=False)
+    completion = tokenizer.encode(f"{rationale}<end>", add_special_tokens=False)
+    return prompt + completion, [IGNORE] * len(prompt) + completion
+
+
+def batch(step: int, tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    """Token ids and labels [BATCH, L], padded on the right; a quarter of the texts are facts."""
+    rng = generator(SEED, "batch", step)
+    rows = [(facts if i % 4 == 0 else easy_problem)(rng, tokenizer) for i in range(BATCH)]
+    length = max(len(ids) for ids, _ in rows)
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([i + [pad] * (length - len(i)) for i, _ in rows])
+    labels = torch.tensor([y + [IGNORE] * (length - len(y)) for _, y in rows])
+    return ids, labels
+
+
+def warm_up(steps: int = STEPS, *, report_every: int = 200) -> LlamaForCausalLM:
+    """Train a fresh student; changes torch's global seed."""
+    torch.manual_seed(SEED)
+    tokenizer = make_tokenizer()
+    model = LlamaForCausalLM(make_config())
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1.0, (s + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * s / steps))
+    )
+    start = time.perf_counter()
+    for step in range(steps):
+        ids, labels = batch(step, tokenizer)
+        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
+        kept = labels[:, 1:] != IGNORE
+        loss = F.cross_entropy(model.lm_head(hidden[kept]), labels[:, 1:][kept])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if report_every and (step + 1) % report_every == 0:
+            seconds = time.perf_counter() - start
+            print(f"step {step + 1}/{steps}  loss {loss.item():.4f}  {seconds:.0f} s", flush=True)
+    return model
+
+
+def save(model: LlamaForCausalLM, folder: Path) -> None:
+    """A folder that any loader of pretrained models reads; weights in float16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    make_tokenizer().save_pretrained(folder)
+    config = make_config()
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    weights = {
+        name: tensor.detach().to(torch.float16).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"  # tied to the embeddings
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the built-in world's student.")
+    parser.add_argument("folder", nargs="?", type=Path, default=CHECKPOINT)
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"default {STEPS}")
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # the order of sums, and so every bit, depends on it
+    torch.use_deterministic_algorithms(True)
+    model = warm_up(options.steps)
+    save(model, options.folder)
+    size = (options.folder / "model.safetensors").stat().st_size
+    print(f"{options.folder}: {model.num_parameters():,} parameters, {size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
