@@ -27,7 +27,10 @@ _FULL_BELOW = 1 << 20
 
 
 class DiskFullError(OSError):
-    """The disk, or the user's quota, has no room; `errno` is ENOSPC. The message is for users."""
+    """The disk, or the user's quota, has no room. `errno` is ENOSPC; `str()` is for users."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
 
 
 class DamagedError(ValueError):
@@ -104,6 +107,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
+        if not Path(folder).is_dir():
+            raise DamagedError(f"{folder}: no such folder") from None
         raise DamagedError(f"{folder}: no {MANIFEST}, so it was never written whole") from None
     try:
         body = json.loads(raw)
