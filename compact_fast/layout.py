@@ -205,7 +205,9 @@ class TokenLayout:
             shift = cu_seqlens[:-1] - self.cu_seqlens[:-1][seqs]
             out["answer_spans"] = self.answer_spans[seqs] + shift[:, None]
         if self.gold_ids is not None and self.cu_gold is not None:
-            gold = [self.gold_ids[int(self.cu_gold[q]) : int(self.cu_gold[q + 1])] for q in questions]
+            gold = [
+                self.gold_ids[int(self.cu_gold[q]) : int(self.cu_gold[q + 1])] for q in questions
+            ]
             out["gold_ids"] = torch.cat(gold) if gold else self.gold_ids[:0]
             out["cu_gold"] = _offsets(torch.tensor([g.numel() for g in gold], dtype=torch.long))
         return TokenLayout(**out)
@@ -242,7 +244,9 @@ class TokenLayout:
             for name in names:
                 value = getattr(self, name)
                 if value is not None and tuple(value.shape) != size:
-                    raise ValueError(f"layout.{name}: expected shape {size}, got {tuple(value.shape)}")
+                    raise ValueError(
+                        f"layout.{name}: expected shape {size}, got {tuple(value.shape)}"
+                    )
         self._check_values()
 
     def _check_values(self) -> None:

@@ -1,0 +1,67 @@
+"""Backends by name, and the choice among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from compact_fast.backends.protocol import ABI, CompactBackend, RunSpec
+from compact_fast.backends.reference_backend import ReferenceBackend
+from compact_fast.backends.torch_backend import TorchBackend
+
+__all__ = ["Choice", "CompactBackend", "RunSpec", "available_backends", "choose", "get_backend"]
+
+_BUILT_IN: dict[str, CompactBackend] = {"torch": TorchBackend(), "reference": ReferenceBackend()}
+_AUTO_ORDER = ("torch",)  # the reference holds full logits: only ever on request
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend and why it was taken."""
+
+    backend: CompactBackend
+    reason: str
+
+
+def choose(backend: str | CompactBackend = "auto", spec: RunSpec | None = None) -> Choice:
+    """The backend that will run, with the reason.
+
+    A name or an object is taken at its word: if it cannot run `spec`, ValueError says why. Only
+    "auto" looks further.
+    """
+    if backend == "auto":
+        refused = []
+        for name in _AUTO_ORDER:
+            verdict = True if spec is None else _BUILT_IN[name].can_run(spec)
+            if verdict is True:
+                why = "; ".join(
+                    [f"first that can run on {spec.device}" if spec else "first", *refused]
+                )
+                return Choice(_BUILT_IN[name], f"auto: {why}")
+            refused.append(f"{name}: {verdict}")
+        raise ValueError("no backend can run here: " + "; ".join(refused))
+    if isinstance(backend, str):
+        if backend not in _BUILT_IN:
+            raise ValueError(
+                f"backend={backend!r}: expected 'auto' or one of {', '.join(sorted(_BUILT_IN))}"
+            )
+        found = _BUILT_IN[backend]
+    else:
+        if not isinstance(backend, CompactBackend):
+            raise ValueError(f"backend={backend!r} is neither a name nor a CompactBackend")
+        found = backend
+    if found.abi != ABI:
+        raise ValueError(f"backend {found.name!r} has abi {found.abi}, this version needs {ABI}")
+    verdict = True if spec is None else found.can_run(spec)
+    if verdict is not True:
+        raise ValueError(f"backend {found.name!r} cannot run: {verdict}")
+    return Choice(found, "requested")
+
+
+def get_backend(backend: str | CompactBackend = "auto") -> CompactBackend:
+    """The backend of that name ("auto": the one that is taken by default)."""
+    return choose(backend).backend
+
+
+def available_backends(spec: RunSpec | None = None) -> dict[str, bool | str]:
+    """Every known backend: True, or the reason why it cannot run `spec`."""
+    return {n: True if spec is None else b.can_run(spec) for n, b in _BUILT_IN.items()}

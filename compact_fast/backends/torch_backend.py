@@ -1,0 +1,427 @@
+"""The `torch` backend: log-likelihoods, scores, weights, loss and gradients in one pass over the
+logits, chunk by chunk. Runs wherever torch does; the default on a CPU.
+
+Gradients are made in the forward pass, while a chunk's logits are at hand:
+
+    d NLL_t / d h_t = softmax_t W - W[y_t]         [n, D]
+    d NLL_t / d W   = (softmax_t - onehot) (x) h_t
+
+and alpha / |A| multiplies the [n, D] side of both. Alpha needs whole questions, so chunks hold
+whole questions, and rows that get weight 0 are never multiplied back. A question larger than a
+chunk: with a frozen head its rows are made unscaled and scaled afterwards; with a trained head it
+is held if it fits `hold_bytes`, else passed over twice, first for its scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compact_fast.backends.consistency import add_consistency
+from compact_fast.backends.head import Head, Statistics, subtract_targets
+from compact_fast.backends.protocol import ABI, RunSpec
+from compact_fast.config import CompactConfig
+from compact_fast.inputs import check_head, check_ids, check_loss_inputs
+from compact_fast.layout import TokenLayout
+from compact_fast.output import CompactOutput
+from compact_fast.reference import mean_gold
+from compact_fast.scores import (
+    TeacherWeights,
+    adaptability,
+    difficulty,
+    information_positions,
+    pointwise_information,
+    teacher_weights,
+)
+
+CHUNK_BYTES = 40 << 20  # logits held at once; 213 rows of a 49,152-word vocabulary in float32
+HOLD_BYTES = 160 << 20  # the same for one question that does not fit a chunk
+
+
+@dataclass(frozen=True)
+class TorchBackend:
+    """Chunked, in plain torch, on any device."""
+
+    chunk_bytes: int = CHUNK_BYTES
+    hold_bytes: int = HOLD_BYTES
+    name: str = "torch"
+    abi: int = ABI
+
+    def can_run(self, spec: RunSpec) -> bool | str:
+        """Always: it is the backend that others fall back to."""
+        return True
+
+    def compact_loss(
+        self,
+        hidden: Tensor,
+        lm_head_weight: Tensor,
+        layout: TokenLayout,
+        *,
+        consensus: Tensor | None,
+        attention: Tensor | None,
+        config: CompactConfig,
+        normalizer: float | None,
+        head_bias: Tensor | None,
+        statistics: bool,
+    ) -> CompactOutput:
+        """See `compact_fast.compact_loss`."""
+        check_loss_inputs(hidden, lm_head_weight, layout, consensus, attention, config, head_bias)
+        work = _Pass(self, layout, consensus, attention, config, normalizer, statistics)
+        loss = _FusedLoss.apply(hidden, lm_head_weight, head_bias, work)  # type: ignore[no-untyped-call]
+        return CompactOutput(loss=loss, **work.results)
+
+    def token_logp(
+        self,
+        hidden: Tensor,
+        lm_head_weight: Tensor,
+        targets: Tensor,
+        *,
+        head_bias: Tensor | None,
+    ) -> Tensor:
+        """See `compact_fast.token_logp`."""
+        check_head(hidden, lm_head_weight, head_bias)
+        check_ids("targets", targets, lm_head_weight.shape[0])
+        out: Tensor = _TokenLogp.apply(  # type: ignore[no-untyped-call]
+            hidden, lm_head_weight, head_bias, targets, self.chunk_bytes
+        )
+        return out
+
+
+@dataclass
+class _Gradients:
+    """Gradients of the sum over questions, before the normalizer. None: not needed."""
+
+    hidden: Tensor | None  # [T, D]
+    weight: Tensor | None  # [V, D]
+    bias: Tensor | None  # [V]
+
+    @property
+    def head(self) -> bool:
+        return self.weight is not None or self.bias is not None
+
+    def add(self, head: Head, at: Tensor, x: Tensor, g: Tensor, scale: Tensor) -> None:
+        """Rows `at` [n] of the batch, with hidden x [n, D], logit gradients g [n, V] * scale [n]."""
+        if self.hidden is not None:
+            self.hidden.index_add_(0, at, head.back_to_rows(g) * scale[:, None])
+        if self.weight is not None:
+            self.weight.addmm_(g.T, x.to(head.dtype) * scale[:, None])
+        if self.bias is not None:
+            self.bias.addmv_(g.T, scale)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.hidden, self.weight, self.bias
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Consecutive whole questions."""
+
+    questions: slice
+    sequences: slice
+    rows: Tensor  # packed positions that need logits
+
+
+@dataclass
+class _Pass:
+    """One evaluation of the loss."""
+
+    backend: TorchBackend
+    layout: TokenLayout
+    consensus: Tensor | None
+    attention: Tensor | None
+    config: CompactConfig
+    normalizer: float | None
+    want_statistics: bool
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def run(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]
+    ) -> tuple[Tensor, _Gradients]:
+        """The loss, and the gradients that are needed (hidden, weight, bias)."""
+        layout, config = self.layout, self.config
+        head = Head(weight, bias, self.backend.chunk_bytes)
+        grads = _Gradients(
+            torch.zeros_like(hidden, dtype=head.dtype) if needs[0] else None,
+            torch.zeros_like(weight, dtype=head.dtype) if needs[1] else None,
+            weight.new_zeros(head.vocab, dtype=head.dtype) if needs[2] else None,
+        )
+        stats = Statistics.empty(layout.num_tokens, head.dtype, layout.device, self.want_statistics)
+        gold_logit = self._gold_logit(hidden, weight, head.dtype)
+        scored = [
+            self._run_group(group, head, hidden, stats, gold_logit, grads)
+            for group in self._groups(head)
+        ]
+        mi, nll = (torch.cat([part[i] for part in scored]) for i in (0, 1))
+        shares = _join([part[2] for part in scored])
+        divergence = add_consistency(head, hidden, layout, shares.weights, config, grads.add)
+        loss = self._finish(mi, nll, shares, stats, divergence, grads)
+        return loss, grads
+
+    def _run_group(
+        self,
+        group: _Group,
+        head: Head,
+        hidden: Tensor,
+        stats: Statistics,
+        gold_logit: Tensor | None,
+        grads: _Gradients,
+    ) -> tuple[Tensor, Tensor, TeacherWeights]:
+        """Scores of a group's sequences; its share of statistics and gradients is added."""
+        targets = self.layout.targets
+        n = group.rows.numel()
+        wanted = grads.hidden is not None or grads.head
+        hold = n <= head.max_rows or (
+            grads.head and wanted and n * head.row_bytes <= self.backend.hold_bytes
+        )
+        if hold or not wanted:
+            exps = totals = None
+            for rows in group.rows.split(n if hold and n else head.max_rows):
+                exps = head.logits(hidden[rows])
+                totals = stats.measure(exps, rows, targets[rows])
+            scores = self._score(group, stats, gold_logit)
+            if wanted and exps is not None and totals is not None:
+                self._add(group.rows, exps, totals, scores[2], group, head, hidden, grads)
+            return scores
+        if not grads.head:
+            assert grads.hidden is not None
+            for rows in group.rows.split(head.max_rows):
+                exps = head.logits(hidden[rows])
+                totals = stats.measure(exps, rows, targets[rows])
+                subtract_targets(exps, totals, targets[rows])
+                grads.hidden[rows] = head.back_to_rows(exps) / totals[:, None]
+            scores = self._score(group, stats, gold_logit)
+            scale = self._row_scale(group.rows, group, scores[2])[:, None]
+            rows_grad = grads.hidden[group.rows]
+            grads.hidden[group.rows] = torch.where(scale > 0, rows_grad * scale, 0.0)
+            return scores
+        for rows in group.rows.split(head.max_rows):
+            stats.measure(head.logits(hidden[rows]), rows, targets[rows])
+        scores = self._score(group, stats, gold_logit)
+        kept = group.rows[self._row_scale(group.rows, group, scores[2]) > 0]
+        for rows in kept.split(head.max_rows):
+            exps = head.logits(hidden[rows])
+            totals = stats.measure(exps, rows, targets[rows])
+            self._add(rows, exps, totals, scores[2], group, head, hidden, grads)
+        return scores
+
+    def _add(
+        self,
+        rows: Tensor,
+        exps: Tensor,
+        totals: Tensor,
+        shares: TeacherWeights,
+        group: _Group,
+        head: Head,
+        hidden: Tensor,
+        grads: _Gradients,
+    ) -> None:
+        """Add the gradients of rows whose exps and totals are at hand; weight 0 is left out."""
+        subtract_targets(exps, totals, self.layout.targets[rows])
+        scale = self._row_scale(rows, group, shares)
+        for a, b in _runs(scale > 0):
+            at = rows[a:b]
+            grads.add(head, at, hidden[at], exps[a:b], scale[a:b] / totals[a:b])
+
+    def _row_scale(self, rows: Tensor, group: _Group, shares: TeacherWeights) -> Tensor:
+        """alpha / |A| of each row's sequence; 0 where the row has no label."""
+        layout = self.layout
+        sequence = layout.token_sequence[rows]
+        alpha = shares.weights[sequence - group.sequences.start]
+        scale = alpha / layout.label_counts[sequence].clamp(min=1).to(alpha.dtype)
+        return torch.where(layout.labelled[rows], scale, 0.0)
+
+    def _groups(self, head: Head) -> list[_Group]:
+        """Whole questions, as many as fit a chunk; a question that does not fit stands alone."""
+        layout, config = self.layout, self.config
+        needed = layout.labelled
+        if config.mi == "logprob":
+            needed = needed | information_positions(layout, config)
+        all_rows = needed.nonzero().squeeze(1)
+        teachers = layout.cu_teachers.tolist()
+        token_bounds = layout.cu_seqlens[layout.cu_teachers]
+        row_bounds = torch.searchsorted(all_rows, token_bounds).tolist()
+        groups, first = [], 0
+        for q in range(layout.num_questions):
+            last = q + 1 == layout.num_questions
+            if last or row_bounds[q + 2] - row_bounds[first] > head.max_rows:
+                rows = all_rows[row_bounds[first] : row_bounds[q + 1]]
+                sequences = slice(teachers[first], teachers[q + 1])
+                groups.append(_Group(slice(first, q + 1), sequences, rows))
+                first = q + 1
+        return groups
+
+    def _gold_logit(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """<h_t, mean of the question's gold rows> where MI needs it, 0 elsewhere, [T].
+
+        The head's bias would add a constant, which the difference along the sequence cancels.
+        """
+        layout = self.layout
+        if layout.gold_ids is None or layout.cu_gold is None or self.config.mi == "pvi":
+            return None
+        gold = mean_gold(weight[layout.gold_ids].to(dtype), layout.cu_gold)  # [Q, D]
+        out = torch.zeros(layout.num_tokens, dtype=dtype, device=layout.device)
+        at = information_positions(layout, self.config).nonzero().squeeze(1)
+        question = layout.sequence_question[layout.token_sequence[at]]
+        out[at] = (hidden[at].to(dtype) * gold[question]).sum(-1)
+        return out
+
+    def _score(
+        self, group: _Group, stats: Statistics, gold_logit: Tensor | None
+    ) -> tuple[Tensor, Tensor, TeacherWeights]:
+        """(mi, nll, weights) of the group's sequences, once their statistics are there."""
+        layout, config, s = self.layout, self.config, group.sequences
+        nll = difficulty(stats.logp, layout)[s]
+        if config.mi == "pvi" and layout.prior_logp is not None:
+            mi = pointwise_information(stats.logp, layout)[s]
+        elif gold_logit is None:
+            mi = torch.full_like(nll, torch.nan)
+        elif config.mi == "logit":
+            mi = adaptability(gold_logit, layout, config)[s]
+        else:
+            mi = adaptability(gold_logit - stats.logsumexp, layout, config)[s]
+        start = layout.cu_teachers[group.questions.start]
+        cut = {
+            name: None if value is None else value[s]
+            for name, value in (
+                ("consensus", self.consensus),
+                ("attention", self.attention),
+                ("correct", layout.correct),
+            )
+        }
+        q = group.questions
+        shares = teacher_weights(
+            mi,
+            nll,
+            cut["consensus"],
+            cut["attention"],
+            layout.cu_teachers[q.start : q.stop + 1] - start,
+            config,
+            teachers=layout.teachers[s],
+            question_ids=None if layout.question_ids is None else layout.question_ids[q],
+            correct=cut["correct"],
+        )
+        return mi, nll, shares
+
+    def _finish(
+        self,
+        mi: Tensor,
+        nll: Tensor,
+        shares: TeacherWeights,
+        stats: Statistics,
+        divergence: Tensor,
+        grads: _Gradients,
+    ) -> Tensor:
+        alpha = shares.weights
+        normalizer = self.normalizer
+        if normalizer is None:
+            normalizer = max(1, int((~shares.skipped).sum()))
+        sft = torch.where(alpha > 0, alpha * nll, 0.0).double().sum() / normalizer
+        pull = self.config.consistency_weight * divergence.double().sum() / normalizer
+        for tensor in grads.tensors():
+            if tensor is not None:
+                tensor.div_(normalizer)
+        self.results = {
+            "loss_sft": sft.to(nll.dtype),
+            "loss_consistency": pull.to(nll.dtype),
+            "weights": alpha,
+            "nll": nll,
+            "mi": mi,
+            "consensus": shares.consensus,
+            "score": shares.score,
+            "token_logp": stats.logp,
+            "consistency": divergence,
+            "filtered": shares.filtered,
+            "nonfinite": shares.nonfinite,
+            "skipped": shares.skipped,
+            "token_entropy": stats.entropy,
+            "token_correct": stats.correct,
+        }
+        return (sft + pull).to(nll.dtype)
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Hands autograd the gradients that the forward pass has made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Pass
+    ) -> Tensor:
+        needs = tuple(ctx.needs_input_grad[:3])
+        loss, grads = work.run(hidden, weight, bias, needs)
+        ctx.grads = grads
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError(
+                "compact_loss: backward ran twice; its gradients are made once, in the forward "
+                "pass. Call compact_loss again for a second backward"
+            )
+        # scaled in place: a second [V, D] gradient would double the memory
+        grads, ctx.grads = ctx.grads.tensors(), None
+        out = [
+            None if g is None else g.mul_(grad_loss).to(dtype)
+            for g, dtype in zip(grads, ctx.dtypes, strict=True)
+        ]
+        return *out, None
+
+
+class _TokenLogp(torch.autograd.Function):
+    """Log-likelihoods without [T, V]; logits are made again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        chunk_bytes: int,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.chunk_bytes = chunk_bytes
+        head = Head(weight, bias, chunk_bytes)
+        stats = Statistics.empty(targets.numel(), head.dtype, targets.device, full=False)
+        for rows in (targets >= 0).nonzero().squeeze(1).split(head.max_rows):
+            stats.measure(head.logits(hidden[rows]), rows, targets[rows])
+        return stats.logp
+
+    @staticmethod
+    def backward(ctx: Any, grad_logp: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        head = Head(weight, bias, ctx.chunk_bytes)
+        grads = _Gradients(
+            torch.zeros_like(hidden, dtype=head.dtype) if needs[0] else None,
+            torch.zeros_like(weight, dtype=head.dtype) if needs[1] else None,
+            weight.new_zeros(head.vocab, dtype=head.dtype) if needs[2] else None,
+        )
+        stats = Statistics.empty(targets.numel(), head.dtype, targets.device, full=False)
+        wanted = (targets >= 0) & (grad_logp != 0)
+        for rows in wanted.nonzero().squeeze(1).split(head.max_rows):
+            x, y = hidden[rows], targets[rows]
+            exps = head.logits(x)
+            totals = stats.measure(exps, rows, y)
+            subtract_targets(exps, totals, y)
+            grads.add(head, rows, x, exps, -grad_logp[rows] / totals)
+        dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        out = [None if g is None else g.to(d) for g, d in zip(grads.tensors(), dtypes, strict=True)]
+        return *out, None, None
+
+
+def _runs(keep: Tensor) -> list[tuple[int, int]]:
+    """Maximal runs of True in a mask [n], as (start, end)."""
+    edge = torch.nn.functional.pad(keep.to(torch.int8), (1, 1)).diff()
+    starts, ends = (edge == 1).nonzero().flatten(), (edge == -1).nonzero().flatten()
+    return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
+
+def _join(parts: list[TeacherWeights]) -> TeacherWeights:
+    """Groups of questions, one behind another."""
+    names = ("weights", "score", "consensus", "filtered", "nonfinite", "skipped")
+    return TeacherWeights(**{n: torch.cat([getattr(p, n) for p in parts]) for n in names})

@@ -1,0 +1,218 @@
+"""The whole method in plain torch: the judge of every other backend.
+
+Written to be read beside the method's formulas, not to be fast: it holds the full logits. Any
+float dtype; float64 stays float64 throughout, everything lower is computed in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from compact_fast.config import CompactConfig
+from compact_fast.inputs import check_loss_inputs
+from compact_fast.layout import TokenLayout
+from compact_fast.output import CompactOutput
+from compact_fast.scores import (
+    adaptability,
+    difficulty,
+    pointwise_information,
+    statistics_dtype,
+    teacher_weights,
+)
+
+
+def compact_loss(
+    hidden: Tensor,  # [T, D]
+    lm_head_weight: Tensor,  # [V, D]
+    layout: TokenLayout,
+    *,
+    consensus: Tensor | None = None,  # [S]
+    attention: Tensor | None = None,  # [S]
+    config: CompactConfig | None = None,
+    normalizer: float | None = None,
+    head_bias: Tensor | None = None,  # [V]
+) -> CompactOutput:
+    """See `compact_fast.compact_loss`; gradients by autograd through the full [T, V] logits."""
+    config = config or CompactConfig()
+    check_loss_inputs(hidden, lm_head_weight, layout, consensus, attention, config, head_bias)
+    dtype = statistics_dtype(hidden.dtype)
+    h, W = hidden.to(dtype), lm_head_weight.to(dtype)
+    logits = h @ W.T  # [T, V]
+    if head_bias is not None:
+        logits = logits + head_bias.to(dtype)
+    logp = logits.log_softmax(-1)  # [T, V]
+
+    safe = layout.targets.clamp(min=0)
+    token_logp = logp.gather(1, safe[:, None]).squeeze(1)
+    token_logp = torch.where(layout.labelled, token_logp, 0.0)  # [T]
+    nll = difficulty(token_logp, layout)  # [S]
+    mi = _mi(logits, logp, token_logp, layout, config)  # [S]
+
+    shares = teacher_weights(
+        mi.detach(),
+        nll.detach(),
+        consensus,
+        attention,
+        layout.cu_teachers,
+        config,
+        teachers=layout.teachers,
+        question_ids=layout.question_ids,
+        correct=layout.correct,
+    )
+    alpha = shares.weights
+
+    # a teacher with weight 0 may have a non-finite NLL; 0 * inf would poison the loss
+    weighted = torch.where(alpha > 0, alpha * torch.where(alpha > 0, nll, 0.0), 0.0)
+    sft = weighted.new_zeros(layout.num_questions).index_add(0, layout.sequence_question, weighted)
+    divergence = _consistency(logp, alpha, layout, config)  # [Q]
+    if normalizer is None:
+        normalizer = max(1, int((~shares.skipped).sum()))
+    loss_sft = sft.sum() / normalizer
+    loss_consistency = config.consistency_weight * divergence.sum() / normalizer
+    return CompactOutput(
+        loss=loss_sft + loss_consistency,
+        loss_sft=loss_sft.detach(),
+        loss_consistency=loss_consistency.detach(),
+        weights=alpha,
+        nll=nll.detach(),
+        mi=mi.detach(),
+        consensus=shares.consensus,
+        score=shares.score,
+        token_logp=token_logp.detach(),
+        consistency=divergence.detach(),
+        filtered=shares.filtered,
+        nonfinite=shares.nonfinite,
+        skipped=shares.skipped,
+        token_entropy=torch.where(layout.labelled, -(logp.exp() * logp).sum(-1), 0.0).detach(),
+        token_correct=layout.labelled & (logits.argmax(-1) == layout.targets),
+    )
+
+
+@torch.no_grad()
+def _mi(
+    logits: Tensor,
+    logp: Tensor,
+    token_logp: Tensor,
+    layout: TokenLayout,
+    config: CompactConfig,
+) -> Tensor:
+    """S_MI [S] in the form that the configuration names; NaN where there is nothing to measure."""
+    if config.mi == "pvi":
+        if layout.prior_logp is None:
+            return torch.full_like(layout.label_counts, torch.nan, dtype=logits.dtype)
+        return pointwise_information(token_logp, layout)
+    if layout.gold_ids is None or layout.cu_gold is None:
+        return torch.full_like(layout.label_counts, torch.nan, dtype=logits.dtype)
+    source = logits if config.mi == "logit" else logp
+    gold = mean_gold(source.T[layout.gold_ids], layout.cu_gold)  # [Q, T]
+    question = layout.sequence_question[layout.token_sequence]  # [T]
+    information = gold.gather(0, question[None, :]).squeeze(0)
+    return adaptability(information, layout, config)
+
+
+def mean_gold(rows: Tensor, cu_gold: Tensor) -> Tensor:
+    """Mean over each question's gold tokens: rows [G, *], cu_gold [Q+1] -> [Q, *]; NaN if none."""
+    counts = cu_gold.diff()
+    question = torch.repeat_interleave(
+        torch.arange(counts.numel(), device=counts.device), counts, output_size=rows.shape[0]
+    )
+    total = rows.new_zeros(counts.numel(), *rows.shape[1:]).index_add(0, question, rows)
+    return total / counts.view(-1, *[1] * (rows.ndim - 1))
+
+
+def _consistency(
+    logp: Tensor,  # [T, V]
+    alpha: Tensor,  # [S]
+    layout: TokenLayout,
+    config: CompactConfig,
+) -> Tensor:
+    """sum_{i<j} alpha_i alpha_j D_ij for each question, [Q]."""
+    total = [logp.new_zeros(()) for _ in range(layout.num_questions)]
+    if config.consistency == "off":
+        return torch.stack(total)
+    starts, lengths = consistency_spans(layout, config)
+    bounds = layout.cu_teachers.tolist()
+    for q in range(layout.num_questions):
+        for i in range(bounds[q], bounds[q + 1]):
+            for j in range(i + 1, bounds[q + 1]):
+                share = float(alpha[i]) * float(alpha[j])
+                n = min(lengths[i], lengths[j])
+                if n == 0 or share < config.pair_floor or share == 0:
+                    continue
+                a = logp[starts[i] : starts[i] + n]
+                b = logp[starts[j] : starts[j] + n]
+                total[q] = total[q] + share * ((a.exp() - b.exp()) * (a - b)).sum() / n
+    return torch.stack(total)
+
+
+def consistency_spans(layout: TokenLayout, config: CompactConfig) -> tuple[list[int], list[int]]:
+    """First packed position and length of the stretch that consistency compares, per sequence."""
+    starts = layout.cu_seqlens[:-1].tolist()
+    if config.consistency == "all":  # from a sequence's first position to its last real one
+        ends = (layout.last_real + 1).tolist()
+        return starts, [e - s for s, e in zip(starts, ends, strict=True)]
+    if layout.answer_spans is None:
+        return starts, [0] * layout.num_sequences
+    spans = layout.answer_spans.tolist()
+    return [s for s, _ in spans], [e - s for s, e in spans]
+
+
+@torch.no_grad()
+def attention_consensus(
+    queries: Tensor,  # [S, num_heads * d]
+    keys: Tensor,  # [S, num_kv_heads * d]
+    cu_teachers: Tensor,  # [Q+1]
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    gqa: Literal["heads", "repeat"] = "heads",
+) -> Tensor:
+    """In-degree of each rationale in the attention among a question's rationales, [S].
+
+    queries and keys are the last decoder layer's q_proj and k_proj of the final-norm hidden state
+    at each rationale's last real token. The diagonal is set to 0 AFTER the softmax; logits are
+    scaled by the square root of the full query width.
+
+    gqa="heads": each query head meets its own key head. "repeat": keys are repeated feature by
+    feature, so that feature i of the query meets feature i // rep of the key (the authors' code).
+    """
+    S, width = queries.shape
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_heads={num_heads} is no multiple of num_kv_heads={num_kv_heads}")
+    rep = num_heads // num_kv_heads
+    if width % num_heads or keys.shape != (S, width // rep):
+        raise ValueError(
+            f"expected queries [S, {num_heads} * d] and keys [S, {num_kv_heads} * d]; got "
+            f"{tuple(queries.shape)} and {tuple(keys.shape)}"
+        )
+    dtype = statistics_dtype(queries.dtype)
+    q, k = queries.to(dtype), keys.to(dtype)
+    if gqa == "repeat":
+        k = k.repeat_interleave(rep, dim=-1)
+    else:
+        k = k.view(S, num_kv_heads, -1).repeat_interleave(rep, dim=1).reshape(S, width)
+    out = q.new_zeros(S)
+    bounds = cu_teachers.tolist()
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        attention = (q[start:end] @ k[start:end].T / width**0.5).softmax(-1)
+        out[start:end] = attention.fill_diagonal_(0).sum(0)
+    return out
+
+
+def token_logp(
+    hidden: Tensor,  # [T, D]
+    lm_head_weight: Tensor,  # [V, D]
+    targets: Tensor,  # [T]
+    *,
+    head_bias: Tensor | None = None,
+) -> Tensor:
+    """log softmax(W h_t)[targets_t] in nats, 0 at negative targets, [T]."""
+    dtype = statistics_dtype(hidden.dtype)
+    logits = hidden.to(dtype) @ lm_head_weight.to(dtype).T
+    if head_bias is not None:
+        logits = logits + head_bias.to(dtype)
+    logp = logits.log_softmax(-1).gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+    return torch.where(targets >= 0, logp, 0.0)
