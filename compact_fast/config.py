@@ -1,4 +1,4 @@
-"""The method's choices in one dataclass: what is scored, how scores become weights, what the loss is."""
+"""The method's choices in one dataclass: what is scored, how it is weighted, what the loss is."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class TokenLayout:
     gold_ids: Tensor | None = None  # [G] int64; tokens of the gold answers, question by question
     cu_gold: Tensor | None = None  # [Q+1] int64; bounds of each question's gold tokens
     answer_spans: Tensor | None = None  # [S, 2] int64; packed positions [start, end) whose TARGETS
-    #                                     state the gold answer; start == end: the rationale has none
+    #                                     state the gold answer; start == end: never stated
     prior_logp: Tensor | None = None  # [Q] float; log p(gold | question) in nats, for mi="pvi"
     teacher_ids: Tensor | None = None  # [S] int64; index into the run's teachers
     question_ids: Tensor | None = None  # [Q] int64; index into the data, keys weighting="random"
@@ -254,7 +254,8 @@ class TokenLayout:
         if bool(bad.any()):
             t = int(bad.nonzero()[0])
             raise ValueError(
-                f"layout.targets[{t}] = {int(self.targets[t])}: expected a token id >= 0 or {IGNORE}"
+                f"layout.targets[{t}] = {int(self.targets[t])}: "
+                f"expected a token id >= 0 or {IGNORE}"
             )
         for name, cu in (("cu_seqlens", self.cu_seqlens), ("cu_teachers", self.cu_teachers)):
             if bool((cu.diff() == 0).any()):

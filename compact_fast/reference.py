@@ -6,6 +6,7 @@ float dtype; float64 stays float64 throughout, everything lower is computed in f
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -196,7 +197,7 @@ def attention_consensus(
         k = k.view(S, num_kv_heads, -1).repeat_interleave(rep, dim=1).reshape(S, width)
     out = q.new_zeros(S)
     bounds = cu_teachers.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         attention = (q[start:end] @ k[start:end].T / width**0.5).softmax(-1)
         out[start:end] = attention.fill_diagonal_(0).sum(0)
     return out

@@ -29,7 +29,7 @@ def choose(backend: str | CompactBackend = "auto", spec: RunSpec | None = None) 
     "auto" looks further.
     """
     if backend == "auto":
-        refused = []
+        refused: list[str] = []
         for name in _AUTO_ORDER:
             verdict = True if spec is None else _BUILT_IN[name].can_run(spec)
             if verdict is True:

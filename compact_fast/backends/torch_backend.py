@@ -103,7 +103,7 @@ class _Gradients:
         return self.weight is not None or self.bias is not None
 
     def add(self, head: Head, at: Tensor, x: Tensor, g: Tensor, scale: Tensor) -> None:
-        """Rows `at` [n] of the batch, with hidden x [n, D], logit gradients g [n, V] * scale [n]."""
+        """Rows `at` [n], with hidden x [n, D] and logit gradients g [n, V] times scale [n]."""
         if self.hidden is not None:
             self.hidden.index_add_(0, at, head.back_to_rows(g) * scale[:, None])
         if self.weight is not None:
@@ -154,7 +154,8 @@ class _Pass:
             self._run_group(group, head, hidden, stats, gold_logit, grads)
             for group in self._groups(head)
         ]
-        mi, nll = (torch.cat([part[i] for part in scored]) for i in (0, 1))
+        mi = torch.cat([part[0] for part in scored])
+        nll = torch.cat([part[1] for part in scored])
         shares = _join([part[2] for part in scored])
         divergence = add_consistency(head, hidden, layout, shares.weights, config, grads.add)
         loss = self._finish(mi, nll, shares, stats, divergence, grads)
@@ -178,7 +179,7 @@ class _Pass:
         )
         if hold or not wanted:
             exps = totals = None
-            for rows in group.rows.split(n if hold and n else head.max_rows):
+            for rows in torch.split(group.rows, n if hold and n else head.max_rows):
                 exps = head.logits(hidden[rows])
                 totals = stats.measure(exps, rows, targets[rows])
             scores = self._score(group, stats, gold_logit)
@@ -187,7 +188,7 @@ class _Pass:
             return scores
         if not grads.head:
             assert grads.hidden is not None
-            for rows in group.rows.split(head.max_rows):
+            for rows in torch.split(group.rows, head.max_rows):
                 exps = head.logits(hidden[rows])
                 totals = stats.measure(exps, rows, targets[rows])
                 subtract_targets(exps, totals, targets[rows])
@@ -197,11 +198,11 @@ class _Pass:
             rows_grad = grads.hidden[group.rows]
             grads.hidden[group.rows] = torch.where(scale > 0, rows_grad * scale, 0.0)
             return scores
-        for rows in group.rows.split(head.max_rows):
+        for rows in torch.split(group.rows, head.max_rows):
             stats.measure(head.logits(hidden[rows]), rows, targets[rows])
         scores = self._score(group, stats, gold_logit)
         kept = group.rows[self._row_scale(group.rows, group, scores[2]) > 0]
-        for rows in kept.split(head.max_rows):
+        for rows in torch.split(kept, head.max_rows):
             exps = head.logits(hidden[rows])
             totals = stats.measure(exps, rows, targets[rows])
             self._add(rows, exps, totals, scores[2], group, head, hidden, grads)
@@ -387,7 +388,7 @@ class _TokenLogp(torch.autograd.Function):
         ctx.chunk_bytes = chunk_bytes
         head = Head(weight, bias, chunk_bytes)
         stats = Statistics.empty(targets.numel(), head.dtype, targets.device, full=False)
-        for rows in (targets >= 0).nonzero().squeeze(1).split(head.max_rows):
+        for rows in torch.split((targets >= 0).nonzero().squeeze(1), head.max_rows):
             stats.measure(head.logits(hidden[rows]), rows, targets[rows])
         return stats.logp
 
@@ -403,7 +404,7 @@ class _TokenLogp(torch.autograd.Function):
         )
         stats = Statistics.empty(targets.numel(), head.dtype, targets.device, full=False)
         wanted = (targets >= 0) & (grad_logp != 0)
-        for rows in wanted.nonzero().squeeze(1).split(head.max_rows):
+        for rows in torch.split(wanted.nonzero().squeeze(1), head.max_rows):
             x, y = hidden[rows], targets[rows]
             exps = head.logits(x)
             totals = stats.measure(exps, rows, y)
