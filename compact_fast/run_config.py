@@ -234,11 +234,14 @@ class EvaluationSettings:
     max_new_tokens: int = 256
     """Longest answer, in tokens."""
 
+    generate: bool = True
+    """Let the student answer each question greedily, and compare with the gold answer."""
+
     samples: int = 0
     """Answers drawn at temperature 1 for each question, beside the greedy one."""
 
-    likelihood: bool = False
-    """Multiple choice: also pick the option that the student finds likeliest."""
+    likelihood: bool | Literal["auto"] = "auto"
+    """Pick the option that the student finds likeliest. auto: where questions have choices."""
 
     forget_text: str | None = None
     """A text file; its perplexity before and after shows what training forgot."""

@@ -1,0 +1,76 @@
+"""Tables and progress on a terminal."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+Progress = Callable[[int, int], None]
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Aligned columns; the first `left` to the left, the others to the right."""
+    cells = [list(headers), *(list(r) for r in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i < left else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )
+
+
+def indent(text: str, by: str = "  ") -> str:
+    return "\n".join(by + line for line in text.splitlines())
+
+
+def percent(share: float | None) -> str:
+    """A share as "93.1 %"; a dash where it is unknown."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure with so many decimals; a dash where it is unknown."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def duration(seconds: float) -> str:
+    """ "42 s", "3 min 05 s", "2 h 07 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s" if seconds >= 1 else f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(number_of_bytes: float) -> str:
+    """ "312 MB", "4.2 GB"; decimal units."""
+    if number_of_bytes < 1e9:
+        return f"{number_of_bytes / 1e6:,.0f} MB"
+    return f"{number_of_bytes / 1e9:,.1f} GB"
+
+
+class ProgressLine:
+    """One line on stderr that is rewritten in place; silent where stderr is not a terminal."""
+
+    def __init__(self, name: str, unit: str = "") -> None:
+        self.name, self.unit = name, unit
+        self.start = self.shown = time.monotonic()
+        self.live = sys.stderr.isatty()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if not self.live or (now - self.shown < 0.1 and done < total):
+            return
+        self.shown = now
+        passed = now - self.start
+        left = f", {duration(passed / done * (total - done))} left" if 0 < done < total else ""
+        line = f"{self.name}: {done:,} of {total:,}{self.unit}{left}"
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r{line[:width]:<{width}}", end="", file=sys.stderr, flush=True)
+        if done >= total:
+            print(f"\r{'':<{width}}\r", end="", file=sys.stderr, flush=True)
