@@ -128,6 +128,7 @@ class CheckpointedTrainer(Trainer):
                 "save_on_each_node=True: checkpoints need one output_dir that all nodes share; "
                 "leave save_on_each_node at False"
             )
+        self._last_written = None
         resume = self._on_main(lambda: self._choose_checkpoint(resume_from_checkpoint))
         restore = _RestoreWindow(self, resume)
         self.add_callback(restore)
@@ -266,6 +267,13 @@ class CheckpointedTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:  # else it is pushed under its final name
             super()._push_from_checkpoint(checkpoint_folder)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Resumed where max_steps falls inside an epoch, the host would do one step too many.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _maybe_log_save_evaluate(
         self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
