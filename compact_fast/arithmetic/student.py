@@ -80,7 +80,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
             decoders.Strip(" ", 1, 0),
         ]
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         pad_token=PAD,
         unk_token=UNKNOWN,
@@ -118,7 +118,8 @@ def load_student(
     """The warmed-up student and its tokenizer, from the shipped checkpoint."""
     if not (CHECKPOINT / "model.safetensors").is_file():
         raise ValueError(
-            f"no checkpoint in {CHECKPOINT}; make it with `python -m compact_fast.arithmetic.warm_up`"
+            f"no checkpoint in {CHECKPOINT}; "
+            "make it with `python -m compact_fast.arithmetic.warm_up`"
         )
     model = LlamaForCausalLM.from_pretrained(CHECKPOINT, dtype=dtype)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(CHECKPOINT)

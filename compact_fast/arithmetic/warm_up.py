@@ -37,7 +37,7 @@ Example = tuple[list[int], list[int]]  # token ids, labels
 
 def facts(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> Example:
     """Equations one behind another; only their results are learnt."""
-    texts = []
+    texts: list[str] = []
     while len(texts) < FACTS_PER_TEXT:
         operator = rng.choice(OPERATORS)
         left = rng.randint(0, 60)
@@ -47,7 +47,10 @@ def facts(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> Example:
             texts.append(f"{left} {operator} {right} = {result}.")
     ids = tokenizer.encode(f"<assistant>{' '.join(texts)}", add_special_tokens=False)
     equals = tokenizer.convert_tokens_to_ids("=")
-    labels = [now if before == equals else IGNORE for before, now in zip([-1, *ids], ids)]  # noqa: B905
+    labels = [
+        now if before == equals else IGNORE
+        for before, now in zip([-1, *ids[:-1]], ids, strict=True)
+    ]
     return ids, labels
 
 
@@ -89,7 +92,7 @@ def warm_up(steps: int = STEPS, *, report_every: int = 200) -> LlamaForCausalLM:
         hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
         kept = labels[:, 1:] != IGNORE
         loss = F.cross_entropy(model.lm_head(hidden[kept]), labels[:, 1:][kept])
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
