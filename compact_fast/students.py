@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -244,8 +245,10 @@ def add_lora(model: Any, settings: LoraSettings, *, base: str | None = None, see
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():  # the adapter's start must not depend on what ran before
+    # The adapter's start must not depend on what ran before.
+    with torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(seed)
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         model = get_peft_model(model, config)
     if base is not None:
         model.peft_config["default"].base_model_name_or_path = base

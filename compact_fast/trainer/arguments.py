@@ -1,0 +1,91 @@
+"""Training arguments: those of transformers, the method's configuration, the authors' defaults."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+
+from compact_fast.config import CompactConfig
+
+# Settings of the host that this trainer's loss or data cannot honour, and the value that is off.
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "label_smoothing_factor": (0, "the loss has no label smoothing"),
+    "use_liger_kernel": (False, "the loss has kernels of its own; see backend"),
+    "torch_compile": (False, "compilation of the student is not supported"),
+    "fp16": (False, "fp16 is not supported; use bf16, or fp32"),
+    "fsdp": ("", "sharded students are not supported"),
+    "deepspeed": (None, "DeepSpeed is not supported"),
+    "train_sampling_strategy": ("random", "questions are drawn in random order, fixed by seed"),
+}
+
+
+@dataclass
+class CompactTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` whose defaults are the authors' set-up.
+
+    A batch is `per_device_train_batch_size` whole questions with all their rationales. Evaluation
+    is batched by `eval_batch_tokens`, not by `per_device_eval_batch_size`.
+    Raises ValueError naming a setting that this trainer cannot honour.
+    """
+
+    compact: CompactConfig = field(default_factory=CompactConfig)
+    """The method's choices."""
+
+    teachers: list[str] = field(default_factory=list)
+    """Names of the teachers; `teacher_ids` of the rows index this list."""
+
+    thinking_ids: list[int] = field(default_factory=list)
+    """Token ids that count in full in the adaptability score."""
+
+    backend: str = "auto"
+    """Name of the backend of the loss."""
+
+    eval_batch_tokens: int = 16384
+    """Padded tokens in one forward pass of the evaluation."""
+
+    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+    """A progress bar, one line a log, or nothing; auto: a bar on a terminal, lines elsewhere."""
+
+    per_device_train_batch_size: int = 1
+    gradient_accumulation_steps: int = 4
+    learning_rate: float = 1e-5
+    lr_scheduler_type: str = "constant"
+    num_train_epochs: float = 5.0
+    max_grad_norm: float = 1.0
+    bf16: bool | None = None  # type: ignore[assignment]
+    """bf16 autocast; None: where a GPU has it."""
+    logging_steps: float = 5
+    logging_nan_inf_filter: bool = False
+    report_to: str | list[str] | None = "none"
+    remove_unused_columns: bool = False
+
+    def __post_init__(self) -> None:
+        for name, (off, why) in _REFUSED.items():
+            value = getattr(self, name, off)
+            if value != off and value:
+                raise ValueError(f"{name}={value!r}: {why}")
+        if self.progress not in ("auto", "bar", "lines", "none"):
+            raise ValueError(f"progress={self.progress!r}: expected auto, bar, lines or none")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True: every column of the rows is used")
+        if not self.teachers:
+            raise ValueError("teachers=[]: name the teachers that the rows' teacher_ids index")
+        gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = gpu and torch.cuda.is_bf16_supported()
+        if not gpu:
+            self.dataloader_pin_memory = False  # it would warn at every start
+        # The older name of the same setting warns in newer versions of transformers.
+        if getattr(self, "activation_checkpointing", False) is None and self.gradient_checkpointing:
+            self.activation_checkpointing = True
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_nll"
+            self.greater_is_better = False
+        super().__post_init__()  # type: ignore[no-untyped-call]
+
+    def to_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
+        return {**values, "compact": asdict(self.compact)}

@@ -1,0 +1,183 @@
+"""From tokenised questions to the loss: the one path that training and scoring share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compact_fast.backends import CompactBackend
+from compact_fast.config import CompactConfig
+from compact_fast.data.collate import collate, collate_priors
+from compact_fast.inputs import mi_is_used
+from compact_fast.layout import TokenLayout
+from compact_fast.loss import compact_loss, token_logp
+from compact_fast.output import CompactOutput
+from compact_fast.reference import attention_consensus
+from compact_fast.scores import segment_sum
+from compact_fast.students import (
+    BodyAndHead,
+    attention_projections,
+    body_and_head,
+    causal_model,
+    hidden_states,
+    inference,
+    unwrap,
+)
+
+Body = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows of whole questions to the tensors of one step, by name. Picklable, for workers."""
+
+    thinking_ids: tuple[int, ...]
+    pad_id: int
+    keep_padding: bool = False  # for mode="reference"
+    priors: bool = False  # for mi="pvi"
+
+    @classmethod
+    def of(cls, config: CompactConfig, thinking_ids: Sequence[int], pad_id: int) -> Collator:
+        """The collator that a configuration needs."""
+        return cls(
+            tuple(thinking_ids),
+            pad_id,
+            keep_padding=config.mode == "reference",
+            priors=config.mi == "pvi" and mi_is_used(config),
+        )
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        # Always padded on the right: a causal body cannot see it there, so it needs no mask.
+        common: dict[str, Any] = {"thinking_ids": self.thinking_ids, "pad_id": self.pad_id}
+        out = dict(vars(collate(rows, keep_padding=self.keep_padding, **common)))
+        if self.priors:
+            out["priors"] = dict(vars(collate_priors(rows, **common)))
+        return out
+
+
+def pad_token(tokenizer: Any, model: Any) -> int:
+    """An id to pad with; what it is matters in mode="reference" alone, which reads padding."""
+    config = causal_model(model).config.get_text_config()
+    for owner, name in (
+        (tokenizer, "pad_token_id"),
+        (config, "pad_token_id"),
+        (tokenizer, "eos_token_id"),
+        (config, "eos_token_id"),
+    ):
+        value: Any = getattr(owner, name, None)
+        value = value[0] if isinstance(value, list) and value else value
+        if value is not None and 0 <= value < config.vocab_size:
+            return int(value)
+    return 0
+
+
+def direct_body(model: Any) -> Body:
+    """The body called by itself, past any wrapper."""
+    return body_and_head(model).body
+
+
+def wrapped_body(model: nn.Module) -> Body:
+    """The body called through the model's wrappers, whose hooks keep replicas together."""
+    if unwrap(model) is model:
+        return direct_body(model)
+
+    def run(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        with _returning_hidden_states(causal_model(model)):
+            hidden: Tensor = model(input_ids=input_ids, attention_mask=attention_mask)
+        return hidden
+
+    return run
+
+
+@contextmanager
+def _returning_hidden_states(causal: Any) -> Iterator[None]:
+    """Inside, the innermost model's forward stops before the head."""
+
+    def forward(input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> Tensor:
+        return hidden_states(causal.base_model, input_ids, attention_mask)
+
+    before = causal.__dict__.get("forward")
+    causal.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del causal.forward
+        else:
+            causal.forward = before
+
+
+def packed_hidden(body: Body, inputs: Mapping[str, Any]) -> Tensor:
+    """Hidden states of the packed positions, [T, D]."""
+    layout: TokenLayout = inputs["layout"]
+    # PAD positions only count where the layout holds them (mode="reference").
+    mask = inputs["attention_mask"] if layout.real is not None else None
+    hidden = body(inputs["input_ids"], mask)
+    return hidden.reshape(-1, hidden.shape[-1])[inputs["gather"]]
+
+
+def compact_step(
+    body: Body,
+    model: Any,
+    inputs: Mapping[str, Any],
+    *,
+    config: CompactConfig,
+    backend: CompactBackend | str = "auto",
+    normalizer: float | None = None,
+) -> CompactOutput:
+    """The loss of one batch from the collator; the model's own head and loss are never called."""
+    head = body_and_head(model)
+    layout: TokenLayout = inputs["layout"]
+    if "priors" in inputs:
+        layout = replace(layout, prior_logp=prior_logp(model, inputs["priors"], backend))
+    hidden, weight = packed_hidden(body, inputs), head.weight
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    attention = None
+    if config.consensus in ("attention", "both"):
+        attention = attention_scores(model, hidden, layout, config)
+    return compact_loss(
+        hidden,
+        weight,
+        layout,
+        consensus=inputs["consensus"],
+        attention=attention,
+        config=config,
+        backend=backend,
+        normalizer=normalizer,
+        head_bias=head.bias,
+    )
+
+
+@torch.no_grad()
+def attention_scores(
+    model: Any, hidden: Tensor, layout: TokenLayout, config: CompactConfig
+) -> Tensor:
+    """The student's attention among a question's rationales, from each one's last token: [S]."""
+    maps = attention_projections(model)
+    last = hidden.detach()[layout.last_real]
+    return attention_consensus(
+        maps.queries(last),
+        maps.keys(last),
+        layout.cu_teachers,
+        num_heads=maps.num_heads,
+        num_kv_heads=maps.num_kv_heads,
+        gqa=config.attention_gqa,
+    )
+
+
+@torch.no_grad()
+def prior_logp(model: Any, inputs: Mapping[str, Any], backend: CompactBackend | str) -> Tensor:
+    """log p(gold | question) of each question, [Q], from one short sequence each; no dropout."""
+    head: BodyAndHead = body_and_head(model)
+    with inference(causal_model(model)):
+        hidden = packed_hidden(head.body, inputs)
+    layout: TokenLayout = inputs["layout"]
+    logp = token_logp(hidden, head.weight, layout.targets, backend=backend, head_bias=head.bias)
+    return segment_sum(logp, layout).float()

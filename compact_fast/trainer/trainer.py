@@ -1,0 +1,258 @@
+"""CompactTrainer: transformers' Trainer with this project's loss, logs and stops."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from compact_fast.backends import RunSpec, choose
+from compact_fast.evaluate.rationales import rationale_nll
+from compact_fast.inputs import mi_is_used
+from compact_fast.students import (
+    attention_projections,
+    body_and_head,
+    check_head,
+    prepare_checkpointing,
+)
+from compact_fast.trainer.arguments import CompactTrainingArguments
+from compact_fast.trainer.callbacks import ProgressDisplay, RunFiles
+from compact_fast.trainer.checkpoints import CheckpointedTrainer
+from compact_fast.trainer.guard import NonFiniteGuard
+from compact_fast.trainer.step import Collator, compact_step, pad_token, wrapped_body
+from compact_fast.trainer.window import LogWindow
+
+logger = logging.getLogger(__name__)
+
+# Figures of the clock: logged, but kept out of the checkpoints' history, which repeats bit by bit.
+_CLOCK = (
+    *("tokens_per_second", "questions_per_second", "eval_runtime", "train_runtime"),
+    *("train_samples_per_second", "train_steps_per_second"),
+)
+
+
+class CompactTrainer(CheckpointedTrainer):
+    """Trains a student on whole questions with all their teachers' rationales.
+
+    `train_dataset` and `eval_dataset` hold tokenised rows (`compact_fast.data`). The loss is the
+    mean over the questions of the global batch: gradient accumulation and data parallelism change
+    nothing but rounding. Writes run.json and metrics.jsonl into `args.output_dir`; `run_info` goes
+    into run.json. `notes` are sentences for the user about what was left out and why.
+
+    Raises ValueError for a student, rows or a configuration that do not go together, and
+    NonFiniteError, before the update, when a loss or gradient is not finite.
+    """
+
+    args: CompactTrainingArguments
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: CompactTrainingArguments,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        callbacks: Sequence[TrainerCallback] = (),
+        optimizers: tuple[Any, Any] = (None, None),
+        run_info: Mapping[str, Any] | None = None,
+    ) -> None:
+        config = args.compact
+        self.notes: list[str] = []
+        head = body_and_head(model)
+        check_head(model)
+        if config.consensus in ("attention", "both"):
+            attention_projections(model)  # refuses now what it would refuse in the first step
+        train_dataset = self._usable(train_dataset, args)
+        if args.gradient_checkpointing:
+            prepare_checkpointing(model)
+        if args.n_gpu > 1:
+            self.notes.append(
+                f"{args.n_gpu} GPUs are visible, one is used; start with torchrun to use more"
+            )
+            args._n_gpu = 1
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator.of(
+                config, args.thinking_ids, pad_token(processing_class, model)
+            ),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=list(callbacks),
+            optimizers=optimizers,
+        )
+        vocab, width = head.weight.shape
+        spec = RunSpec(args.device, head.weight.dtype, vocab, width, head.bias is not None)
+        self.choice = choose(args.backend, spec)
+        self._window = LogWindow(args.teachers, args.device)
+        self._guard = NonFiniteGuard(args.teachers)
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.files = RunFiles(
+            {
+                "backend": {"name": self.choice.backend.name, "reason": self.choice.reason},
+                "teachers": args.teachers,
+                "device": str(args.device),
+                **(run_info or {}),
+            }
+        )
+        self.add_callback(self.files)
+        self.add_callback(ProgressDisplay(args.progress, args.teachers))
+        for note in self.notes:
+            logger.warning(note)
+
+    # ---- data --------------------------------------------------------------------------------
+
+    def _usable(self, rows: Any, args: CompactTrainingArguments) -> Any:
+        config = args.compact
+        if not len(rows):
+            raise ValueError("train_dataset holds no question")
+        first = rows[0]
+        graph = config.consensus in ("graph", "both") and config.weighting in (
+            *("compact", "consensus", "best"),
+        )
+        if (graph or config.filter_below > 0) and first.get("consensus") is None:
+            raise ValueError(
+                f"consensus={config.consensus!r} needs the column `consensus` in the rows; add "
+                "graph scores (compact_fast.graphs.consensus) or set consensus='none'"
+            )
+        if mi_is_used(config) and not first["gold_ids"]:
+            raise ValueError(f"mi={config.mi!r} needs gold answers in the rows (gold_ids)")
+        if config.weighting != "correct":
+            return rows
+        keep = [i for i in range(len(rows)) if any(c == 1 for c in rows[i]["correct"])]
+        if not keep:
+            raise ValueError("weighting='correct': no question has a rationale known to be right")
+        if len(keep) < len(rows):
+            self.notes.append(
+                f'weighting="correct": {len(rows) - len(keep)} of {len(rows)} questions left out, '
+                "none of their rationales is right"
+            )
+        return rows.select(keep) if hasattr(rows, "select") else [rows[i] for i in keep]
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As the host's; the clock of the throughput runs from here."""
+        self._window.open(self.state.global_step)
+        return super().get_batch_samples(*args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
+        """Questions in the global batch: what the loss is divided by."""
+        count = torch.tensor(sum(len(b["ids"]) for b in batch_samples), device=device)
+        return int(self._total(count).item())
+
+    def _total(self, values: Tensor) -> Tensor:
+        if self.args.world_size == 1:
+            return values
+        total: Tensor = self.accelerator.reduce(values.clone(), "sum")
+        return total
+
+    # ---- loss --------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The batch's share of the mean over the questions of the global batch."""
+        with self.accelerator.autocast():
+            out = compact_step(
+                wrapped_body(model),
+                model,
+                inputs,
+                config=self.args.compact,
+                backend=self.choice.backend,
+                normalizer=None if num_items_in_batch is None else float(num_items_in_batch),
+            )
+        if model.training:
+            self._window.add(out, inputs["layout"])
+            self._guard.add(out, inputs["layout"], inputs["ids"])
+        # Replicas average their gradients; the sum is already divided by the global count.
+        loss = out.loss if num_items_in_batch is None else out.loss * self.args.world_size
+        return (loss, out) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        self._guard.check(self.state.global_step + 1, grad_norm, self._total)
+        return grad_norm
+
+    # ---- evaluation --------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Held-out NLL a token, over all rationales and for each teacher, without weights."""
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise ValueError("evaluation needs an eval_dataset")
+        started = time.perf_counter()
+        rank, world = self.args.process_index, self.args.world_size
+        mine = [rows[i] for i in range(rank, len(rows), world)]
+        sums = torch.zeros((len(self.args.teachers), 2), dtype=torch.float64)
+        if mine:
+            with self.accelerator.autocast():
+                found = rationale_nll(
+                    self.model,
+                    mine,
+                    self.args.teachers,
+                    batch_tokens=self.args.eval_batch_tokens,
+                    backend=self.choice.backend,
+                )
+            for k, name in enumerate(self.args.teachers):
+                if name in found.teachers:
+                    one = found.teachers[name]
+                    sums[k] = torch.tensor([one.nll * one.rationales, one.rationales])
+        total, count = self._total(sums.to(self.args.device)).T.tolist()
+        metrics = {f"{metric_key_prefix}_nll": sum(total) / max(sum(count), 1)}
+        for name, value, n in zip(self.args.teachers, total, count, strict=True):
+            if n:
+                metrics[f"{metric_key_prefix}/teacher/{name}/nll"] = value / n
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    # ---- logs and state ----------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the window's means to a training row."""
+        if "loss" in logs:
+            logs.update(self._window.rows(self.state.global_step, self._total))
+        super().log(logs, start_time)
+        for name in _CLOCK:
+            self.state.log_history[-1].pop(name, None)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As CheckpointedTrainer.train; run.json then says how the run ended."""
+        self._window.reset()
+        try:
+            result = super().train(*args, **kwargs)
+        except BaseException as error:
+            if self.is_world_process_zero():
+                self.files.stopped(self.state.global_step, error)
+            raise
+        return result
+
+    def window_state(self) -> dict[str, Any]:
+        """Adds the per-teacher sums."""
+        return {**super().window_state(), "window": self._window.state()}
+
+    def load_window_state(self, state: dict[str, Any]) -> None:
+        """Takes up the per-teacher sums."""
+        super().load_window_state(state)
+        self._window.load(state["window"])
