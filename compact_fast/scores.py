@@ -49,8 +49,8 @@ def adaptability(information: Tensor, layout: TokenLayout, config: CompactConfig
     # torch.where, not a product: a NaN at a position that does not count must not count
     gain = torch.where(layout.token_index > 0, gain, 0.0).clamp(min=0)
     thinking = layout.thinking if layout.thinking is not None else torch.zeros_like(counted)
-    weight = torch.where(thinking, config.thinking_weight, config.other_weight)
-    total = segment_sum(torch.where(counted, weight * gain, 0.0), layout)
+    gain = torch.where(thinking, gain * config.thinking_weight, gain * config.other_weight)
+    total = segment_sum(torch.where(counted, gain, 0.0), layout)
     if config.mi_length_norm:
         total = total / segment_sum(counted.double(), layout).clamp(min=1)
     return total.to(information.dtype)

@@ -27,7 +27,7 @@ class Head:
         self.vocab = weight.shape[0]
         self.row_bytes = self.vocab * self.dtype.itemsize
         self.max_rows = max(16, chunk_bytes // self.row_bytes)
-        self._buffer = weight.new_empty(0, dtype=self.dtype)
+        self._buffer = weight.new_empty((0, self.vocab), dtype=self.dtype)
 
     def _blocks(self) -> list[tuple[int, int]]:
         if self.weight.dtype == self.dtype:
