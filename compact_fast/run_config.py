@@ -44,7 +44,8 @@ class RunSettings:
     """Folder of the run: metrics, checkpoints, the trained model, evaluation and report."""
 
     student_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision the weights are loaded in. auto: bf16 where the device has it, else fp32."""
+    """Precision the weights are loaded in. auto: bf16 where a GPU has it and only an adapter is
+    trained, else fp32."""
 
     compare: list[str] = field(default_factory=list)
     """Weightings to train as well, each from the same start at the same budget, and to compare in
@@ -89,7 +90,10 @@ class DataSettings:
     the run. Always counted."""
 
     system_prompt: str | None = None
-    """System message put before every question."""
+    """System message put before every question. null: whatever the chat template does."""
+
+    system_role: Literal["system", "merge"] = "system"
+    """merge opens the user's message with the system prompt, for templates without that role."""
 
     cache_dir: str | None = None
     """Where tokenised data and consensus scores are kept. null: the user's cache folder."""

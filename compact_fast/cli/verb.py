@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import textwrap
@@ -84,6 +85,8 @@ def default_text(key: Key) -> str:
 
 def yaml_text(value: Any) -> str:
     """A value on one line of YAML, in the dialect of `flat_yaml`."""
+    if isinstance(value, float) and math.isinf(value):
+        return ".inf" if value > 0 else "-.inf"
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     if isinstance(value, (list, tuple)):

@@ -1,0 +1,133 @@
+"""`compact-fast train`: from a configuration to a trained, evaluated student and its report."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compact_fast.cli.arguments import Arguments
+from compact_fast.cli.verb import Verb
+from compact_fast.run_config import GROUPS, RunConfig, load
+from compact_fast.tables import ProgressLine, duration, indent
+
+if TYPE_CHECKING:
+    from compact_fast.pipeline.inputs import Inputs
+    from compact_fast.pipeline.training import Outcome
+
+
+def run(arguments: Arguments) -> int:
+    path = arguments.positionals[0] if arguments.positionals else None
+    config = load(path, arguments.overrides)
+    config.require("student", "data")
+    from compact_fast.pipeline import run_folder
+
+    if config.run.compare:
+        return _compare(config)
+    if run_folder.is_finished(config):
+        say(
+            f"{config.run.output_dir} holds this very run, finished. Its report: compact-fast "
+            f"report {config.run.output_dir}; to train it again: --overwrite"
+        )
+        return 0
+    resume = run_folder.open_folder(config)
+    from compact_fast.pipeline.inputs import prepare
+
+    inputs = prepare(config, say, write=True)
+    _introduce(inputs)
+    _finish(_train(inputs, resume))
+    return 0
+
+
+def say(line: str) -> None:
+    """Print on the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+def hear(name: str) -> ProgressLine:
+    return ProgressLine(name)
+
+
+def _introduce(inputs: Inputs) -> None:
+    from compact_fast.pipeline.forecast import backend_choice, count_steps
+    from compact_fast.pipeline.inputs import method_line, teachers_text
+
+    config = inputs.config
+    choice = backend_choice(config, inputs.student.model)
+    steps, epochs = count_steps(config, len(inputs.train), int(os.environ.get("WORLD_SIZE", "1")))
+    per_step = config.training.questions_per_step * config.training.gradient_accumulation_steps
+    say(f"Method     {method_line(config)}")
+    say(f"Backend    {choice.backend.name} ({choice.reason})")
+    say(f"Steps      {steps:,} of {per_step} questions, {epochs:.3g} epochs")
+    say("")
+    say(indent(teachers_text(inputs)))
+    say("")
+
+
+def _train(inputs: Inputs, resume: str | None) -> Outcome:
+    from compact_fast.pipeline.training import train
+
+    return train(inputs, say, hear, resume=resume)
+
+
+def _finish(outcome: Outcome) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from compact_fast.pipeline.training import before_after_text, weights_text
+    from compact_fast.report import write_report
+
+    per_step = f", {outcome.seconds / outcome.steps:.2f} s a step" if outcome.steps else ""
+    say(f"Trained    {outcome.steps:,} steps in {duration(outcome.seconds)}{per_step}")
+    say("")
+    if weights := weights_text(outcome.folder):
+        say(indent(weights) + "\n")
+    if outcome.before and outcome.after:
+        say(indent(before_after_text(outcome.before, outcome.after)) + "\n")
+    page = write_report(outcome.folder)
+    say(f"Model      {outcome.folder / 'model'}")
+    say(f"Report     {page}")
+
+
+def _compare(config: RunConfig) -> int:
+    from compact_fast.pipeline import run_folder
+    from compact_fast.pipeline.comparison import (
+        comparison_table,
+        hand_over_before,
+        inputs_of,
+        variants,
+    )
+    from compact_fast.pipeline.inputs import prepare
+    from compact_fast.report import write_comparison
+
+    inputs = prepare(config, say, write=True)
+    _introduce(inputs)
+    runs = variants(inputs)
+    folders = {v.label: Path(v.config.run.output_dir) for v in runs}
+    first = folders[runs[0].label]
+    for number, variant in enumerate(runs, 1):
+        say(f"---- {number} of {len(runs)}: {variant.label}, into {folders[variant.label]}")
+        if run_folder.is_finished(variant.config):
+            say("finished earlier\n")
+            continue
+        resume = run_folder.open_folder(variant.config)
+        hand_over_before(first, folders[variant.label])
+        _finish(_train(inputs_of(inputs, variant), resume))
+        say("")
+    if os.environ.get("RANK", "0") == "0":
+        say(indent(comparison_table(folders)) + "\n")
+        say(f"Report     {write_comparison(list(folders.values()), Path(config.run.output_dir))}")
+    return 0
+
+
+VERB = Verb(
+    name="train",
+    summary="Train a student on several teachers' rationales, evaluate it, and write a report.",
+    details=(
+        "CONFIG is a YAML file of keys; without it the flags alone must name student and data. An "
+        "interrupted run goes on where it was when the same command is given again."
+    ),
+    run=run,
+    names=("CONFIG",),
+    groups=tuple(GROUPS),
+)

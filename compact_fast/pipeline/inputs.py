@@ -1,0 +1,218 @@
+"""What every run starts from: questions, student, tokens, agreement of the teachers."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from compact_fast.data import TokenizedData, TokenizeOptions, tokenize_questions
+from compact_fast.pipeline.agreement import (
+    Agreement,
+    filtered_share,
+    graph_agreement,
+    mean_with_others,
+    teacher_table,
+)
+from compact_fast.pipeline.corpus import Corpus, read_corpus, share_right
+from compact_fast.run_config import RunConfig
+from compact_fast.students import LoraSettings, Student, load_student
+from compact_fast.tables import percent, table
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that is read before the first step."""
+
+    config: RunConfig
+    corpus: Corpus
+    student: Student
+    train: TokenizedData
+    held_out: TokenizedData | None
+    agreement: Agreement
+    agreement_seconds: float
+    teachers: dict[str, Any]
+    """agreement.json: teachers, matrix, counts, share_right."""
+
+
+def prepare(config: RunConfig, say: Say, *, write: bool, training: bool = True) -> Inputs:
+    """Read and tokenise a run's data, load its student, and score the teachers' agreement.
+
+    Says what it found, a line each. With `write` false nothing is written, not even a cache.
+    Without `training` no adapter is added. Raises ValueError naming what cannot be used.
+    """
+    config.require("student", "data")
+    folder = Path(config.run.output_dir)
+    quarantine = folder / "quarantine.jsonl" if write and training else None
+    corpus = read_corpus(config, quarantine=quarantine)
+    held = f", {len(corpus.held_out):,} held out" if corpus.held_out else ""
+    say(f"Data       {corpus.source}: {len(corpus.train):,} questions{held}")
+    if corpus.quarantined:
+        where = f" (see {quarantine})" if quarantine else ""
+        say(f"           {corpus.quarantined:,} broken records left out{where}")
+    student = student_of(config, training=training)
+    say(f"Student    {student.description}")
+    cache = cache_folder(config) if write else None
+    tokens = tokenize_questions(
+        corpus.questions,
+        student.tokenizer,
+        teachers=corpus.teachers,
+        options=tokenize_options(config),
+        cache_dir=cache / "tokens" if cache else None,
+        say=say,
+    )
+    say(f"Tokens     {_tokens_line(tokens.report)}")
+    started = time.perf_counter()
+    agreement = graph_agreement(
+        corpus.questions,
+        backend=config.training.consensus_backend,
+        threads=config.training.consensus_threads,
+        cache_dir=cache,
+    )
+    spent = time.perf_counter() - started
+    say(f"Consensus  {_consensus_line(agreement, spent)}")
+    scores = {q.id: s.tolist() for q, s in zip(corpus.questions, agreement.scores, strict=True)}
+    train, held_out = _split(tokens.with_consensus(scores), len(corpus.train))
+    known = share_right(corpus.questions, corpus.teachers)
+    teachers = teacher_table(corpus.questions, corpus.teachers, agreement)
+    return Inputs(
+        config=config,
+        corpus=corpus,
+        student=student,
+        train=train,
+        held_out=held_out,
+        agreement=agreement,
+        agreement_seconds=spent,
+        teachers={**teachers, "share_right": known},
+    )
+
+
+def student_of(config: RunConfig, *, training: bool = True) -> Student:
+    """The run's student, with a fresh adapter where one is to be trained."""
+    lora = None
+    if training and config.lora.lora:
+        settings = config.lora
+        lora = LoraSettings(
+            r=settings.lora_r,
+            alpha=settings.lora_alpha,
+            dropout=settings.lora_dropout,
+            targets=tuple(settings.lora_targets),
+        )
+    dtype = config.run.student_dtype
+    if dtype == "auto" and training and not config.lora.lora:
+        # updates of weights that are themselves bf16 are mostly rounded away
+        dtype = "fp32"
+    return load_student(
+        str(config.run.student),
+        dtype=dtype,
+        lora=lora,
+        gradient_checkpointing=training and config.training.gradient_checkpointing,
+        seed=config.method.seed,
+    )
+
+
+def tokenize_options(config: RunConfig) -> TokenizeOptions:
+    d = config.data
+    return TokenizeOptions(
+        max_length=d.max_length,
+        truncation=d.truncation,
+        system_prompt=d.system_prompt,
+        system_role=d.system_role,
+    )
+
+
+def cache_folder(config: RunConfig) -> Path:
+    """Where tokenised data and consensus scores are kept.
+
+    `cache_dir`, else $COMPACT_FAST_CACHE, else compact_fast in the user's cache folder.
+    """
+    if config.data.cache_dir is not None:
+        return Path(config.data.cache_dir)
+    if named := os.environ.get("COMPACT_FAST_CACHE"):
+        return Path(named)
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "compact_fast"
+
+
+def _split(
+    tokens: TokenizedData, train_questions: int
+) -> tuple[TokenizedData, TokenizedData | None]:
+    # the training questions come first, and `index` is a question's place
+    indices = tokens.rows["index"]
+    first = [i for i, index in enumerate(indices) if index < train_questions]
+    rest = [i for i, index in enumerate(indices) if index >= train_questions]
+    if not first:
+        raise ValueError("no training question is left after truncation; raise max_length")
+    held_out = replace(tokens, rows=tokens.rows.select(rest)) if rest else None
+    return replace(tokens, rows=tokens.rows.select(first)), held_out
+
+
+def _tokens_line(report: dict[str, Any]) -> str:
+    total = report["tokens"]
+    share = report["prompt_tokens"] / total if total else 0.0
+    parts = [
+        f"{total:,} in {report['rationales']:,} rationales ({percent(share)} prompt), "
+        f"longest {report['longest']:,}"
+    ]
+    if report["truncated"]:
+        parts.append(f"{report['truncated']:,} truncated")
+    for what, reasons in (
+        ("rationales", report["dropped_rationales"]),
+        ("questions", report["dropped_questions"]),
+    ):
+        parts += [f"{n:,} {what} dropped ({why})" for why, n in reasons.items() if n]
+    if report.get("from_cache"):
+        parts.append("from the cache")
+    return ", ".join(parts)
+
+
+def _consensus_line(agreement: Agreement, seconds: float) -> str:
+    where = "from the cache" if agreement.cached else f"{seconds:.1f} s"
+    line = f"{agreement.backend} step graphs, {where}"
+    n = len(agreement.scores)
+    for what, flags in (
+        ("without evidence", agreement.no_evidence),
+        ("undecidable", agreement.undecidable),
+    ):
+        if flags.any():
+            line += f", {percent(float(flags.sum()) / n)} of questions {what}"
+    return line
+
+
+def teachers_text(inputs: Inputs) -> str:
+    """One line a teacher: rationales, share right, agreement with the others, share filtered."""
+    corpus = inputs.corpus
+    known = inputs.teachers["share_right"]
+    counts = inputs.teachers["counts"]
+    filtered = filtered_share(
+        corpus.questions, corpus.teachers, inputs.agreement, inputs.config.method.filter_below
+    )
+    rows = []
+    for i, (name, agrees) in enumerate(
+        zip(corpus.teachers, mean_with_others(inputs.teachers), strict=True)
+    ):
+        agreed = "-" if agrees is None else f"{agrees:.2f}"
+        rows.append([name, f"{counts[i][i]:,}", percent(known[name]), agreed, percent(filtered[i])])
+    return table(["teacher", "rationales", "right", "agreement", "filtered"], rows)
+
+
+def method_line(config: RunConfig) -> str:
+    """The method's choices in one line, defaults of the mode left out."""
+    m = config.method
+    weighting = m.weighting if isinstance(m.weighting, str) else f"fixed {list(m.weighting)}"
+    parts = [f"mode {m.mode}", f"weighting {weighting}"]
+    if isinstance(m.weighting, str) and m.weighting in ("compact", "best"):
+        parts.append("β {:g}, {:g}, {:g}".format(*m.betas))
+    parts.append(f"consensus {m.consensus}")
+    if m.filter_below > 0:
+        parts.append(f"filter below {m.filter_below:g} x the largest")
+    consistency = f"{m.consistency}"
+    if m.consistency != "off":
+        consistency += f" x {m.consistency_weight:g}"
+    parts.append(f"consistency {consistency}")
+    return ", ".join(parts)
