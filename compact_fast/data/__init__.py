@@ -10,12 +10,13 @@ from typing import Any
 _MODULES = {
     "records": ("Question", "Rationale", "select_teachers", "teachers_of"),
     "extract": ("answers_equal", "extract_answer"),
+    "readers": ("Questions", "read_questions"),
     "template": ("ChatFormat",),
     "tokenize": ("TokenizedData", "TokenizeOptions", "prompts", "tokenize_questions"),
     "collate": ("Batch", "collate_priors"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

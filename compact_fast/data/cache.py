@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,10 +11,11 @@ from typing import Any
 
 import datasets
 
+from compact_fast.atomic import DamagedError, atomic_directory, verify_directory
 from compact_fast.data import encode, extract, numerals, records, template
 from compact_fast.data.records import Question
 
-MANIFEST = "manifest.json"
+ROWS = "rows"
 
 _ints = datasets.Sequence(datasets.Value("int64"))
 FEATURES = datasets.Features(
@@ -75,77 +73,26 @@ def rows(
 ) -> tuple[Any, dict[str, Any]]:
     """(rows, report) from the cache, or built and, with a `cache_dir`, kept there.
 
-    Raises ValueError naming the folder where it cannot be written.
+    Raises OSError naming the folder where it cannot be written.
     """
     if cache_dir is None or name is None:
         made, report = build()
         return _dataset(made), {**report, "from_cache": False}
     folder = Path(cache_dir) / name
     if folder.exists():
-        problem = _damage(folder)
-        if problem is None:
-            report = json.loads((folder / MANIFEST).read_text())["report"]
-            return datasets.load_from_disk(str(folder / "rows")), {**report, "from_cache": True}
-        if say:
-            say(f"tokenised data in {folder} is damaged ({problem}); making it anew")
-        shutil.rmtree(folder)
+        try:
+            report = verify_directory(folder)["report"]
+            return datasets.load_from_disk(str(folder / ROWS)), {**report, "from_cache": True}
+        except (DamagedError, KeyError) as error:
+            if say:
+                say(f"tokenised data in the cache is damaged and made anew ({error})")
     made, report = build()
     dataset = _dataset(made)
-    try:
-        _write(dataset, report, folder)
-    except OSError as error:
-        raise type(error)(
-            error.errno, f"cannot keep tokenised data: {error.strerror}", str(folder)
-        ) from error
+    with atomic_directory(folder, record={"report": report}) as work:
+        dataset.save_to_disk(str(work / ROWS))
     return dataset, {**report, "from_cache": False}
 
 
 def _dataset(made: list[dict[str, Any]]) -> Any:
     columns = {name: [row[name] for row in made] for name in FEATURES}
     return datasets.Dataset.from_dict(columns, features=FEATURES)
-
-
-def _write(dataset: Any, report: dict[str, Any], folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        if len(dataset):
-            dataset.save_to_disk(str(work / "rows"))
-        files = {
-            str(p.relative_to(work)): _sha256(p) for p in sorted(work.rglob("*")) if p.is_file()
-        }
-        (work / MANIFEST).write_text(json.dumps({"files": files, "report": report}))
-        for path in work.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        try:
-            os.rename(work, folder)
-        except OSError:
-            if _damage(folder) is not None:  # another process may have written the same thing
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a cached folder, or None."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"no readable {MANIFEST}"
-    for name, digest in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if _sha256(path) != digest:
-            return f"{name} has changed"
-    return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()

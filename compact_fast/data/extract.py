@@ -6,6 +6,7 @@ import re
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from compact_fast.data.numerals import Numeral, number_words, numerals, same_number
 
@@ -150,6 +151,10 @@ def _stated(text: str, start: int, end: int, choices: Sequence[str] | None) -> F
     return _stated_words(text, start, end)
 
 
+_OPERATOR = re.compile(r"[+*/×÷]|\s[-−]\s|\\times|\\cdot|\\div|\dx\d|\sx\s")
+_ASIDE = re.compile(r"[;(]|, |because|since")
+
+
 def _stated_number(text: str, start: int, end: int) -> Numeral | None:
     figures = list(numerals(text, start, end))
     if not figures:
@@ -158,11 +163,8 @@ def _stated_number(text: str, start: int, end: int) -> Numeral | None:
     equals = text.rfind("=", start, end)
     between = text[first.end : equals]
     # "the answer is 20 * 15 = 300": a working, whose result stands behind the last "=".
-    if equals > first.end and re.search(
-        r"[+*/×÷]|\s[-−]\s|\\times|\\cdot|\\div|\dx\d|\sx\s", between
-    ):
-        if not re.search(r"[;(]|, |because|since", between):
-            return next((n for n in figures if n.start > equals), first)
+    if equals > first.end and _OPERATOR.search(between) and not _ASIDE.search(between):
+        return next((n for n in figures if n.start > equals), first)
     return first
 
 
@@ -183,7 +185,7 @@ def _stated_words(text: str, start: int, end: int) -> Found | None:
 
 def _sentences(text: str) -> list[tuple[int, int]]:
     bounds = [0, *(m.end() for m in _SENTENCE_END.finditer(text)), len(text)]
-    return [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if text[a:b].strip()]
+    return [(a, b) for a, b in pairwise(bounds) if text[a:b].strip()]
 
 
 def _ending(text: str, choices: Sequence[str] | None) -> Found | None:
@@ -217,24 +219,22 @@ _CONCLUSION = re.compile(r"\W*(?:therefore|thus|so|hence|in total|in conclusion|
 
 
 def _concluded_number(text: str, sentences: Sequence[tuple[int, int]]) -> Numeral | None:
-    """The result of the last "=" at its last mention, else the last figure."""
+    """The result of the last "=" at its last mention, unless a sentence that concludes from it
+    ("Therefore, ...") holds other figures: then its first. Without "=" the last figure."""
     figures = list(numerals(text))
     if not figures:
         return None
     start = sentences[-1][0]
+    concluded = [n for n in figures if n.start >= start]
+    concludes = bool(_CONCLUSION.match(text, start)) or len(sentences) == 1
     equals = text.rfind("=")
     result = next((n for n in figures if n.start > equals), None) if equals >= 0 else None
     if result:
-        for n in reversed(figures):
-            if n.start >= min(start, result.start) and same_number(n, result):
-                if (
-                    n.start >= start
-                    or not _CONCLUSION.match(text, start)
-                    or figures[-1].start < start
-                ):
-                    return n
-    if _CONCLUSION.match(text, start) or len(sentences) == 1:
-        return next((n for n in figures if n.start >= start), figures[-1])
+        again = [n for n in figures if n.start >= result.start and same_number(n, result)]
+        if again[-1].start >= start or not concludes or not concluded:
+            return again[-1]
+    if concludes and concluded:
+        return concluded[0]
     return figures[-1]
 
 
@@ -261,7 +261,7 @@ def _words(answer: str) -> str:
 
 
 def truth_options(choices: Sequence[str]) -> bool:
-    """Whether the options are True and False, or Yes and No: then an answer is named by its text."""
+    """Whether the options are True and False, or Yes and No; their answer is then named by text."""
     return len(choices) == 2 and {_truth(c) for c in choices} == {True, False}
 
 

@@ -58,7 +58,8 @@ _PATTERN = re.compile(
       | (?P<mixed> \d+ ) (?:\s+|-|\s+and\s+) (?P<mn> \d+ ) / (?P<md> \d+ ) (?![\d/])
       | (?P<number> {_DECIMAL} )
         (?: [eE] (?P<exp> [-+]?\d{{1,3}} ) (?![\w.]) )?
-        (?: \s* (?:×|\\times|\\cdot|\*|x) \s* 10 \s* (?:\^|\*\*) \s* \{{?\(? (?P<power> [-−]?\d{{1,3}} ) \)?\}}? )?
+        (?: \s* (?:×|\\times|\\cdot|\*|x) \s* 10 \s* (?:\^|\*\*) \s*
+            \{{?\(? (?P<power> [-−]?\d{{1,3}} ) \)?\}}? )?
         (?: \s?/\s? (?P<over> {_DECIMAL} ) (?! \s?/\s?\d ) )?
     )
     (?! (?:st|nd|rd|th)\b )
@@ -118,10 +119,11 @@ def _plain(digits: str) -> str:
 
 
 _SMALL = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
+    "nineteen",
+)
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 _WORDS = {
     **{word: value for value, word in enumerate(_SMALL)},
@@ -160,5 +162,6 @@ def same_number(a: Numeral, b: Numeral) -> bool:
         return share.value / 100 == plain.value
     for decimal, exact in ((a, b), (b, a)):
         if (decimal.decimals or 0) >= 3 and exact.decimals is None and exact.value.denominator > 1:
-            return abs(decimal.value - exact.value) * 2 * 10 ** (decimal.decimals or 0) <= 1
+            off = abs(decimal.value - exact.value)
+            return off * 2 * Fraction(10) ** (decimal.decimals or 0) <= 1
     return False

@@ -81,12 +81,12 @@ class ChatFormat:
         before, found, _ = whole.rpartition(_STAND_IN)
         if not found:
             raise ValueError("the tokenizer's chat template drops the assistant's message")
-        if self.system_prompt and self.system_role == "system" and messages[0]["role"] == "system":
-            if str(messages[0]["content"]).strip() not in generation:
-                raise ValueError(
-                    "the tokenizer's chat template drops the system message; "
-                    "set system_role=merge to open the user's message with it"
-                )
+        system = str(messages[0]["content"]).strip() if messages[0]["role"] == "system" else ""
+        if system not in generation:
+            raise ValueError(
+                "the tokenizer's chat template drops the system message; "
+                "set system_role=merge to open the user's message with it"
+            )
         if not before.startswith(generation):
             # The template renders a finished turn unlike one still to be written: the former is
             # what the student was trained on.
@@ -121,7 +121,7 @@ class ChatFormat:
         return [*self.bos_ids(), *self.encode(prompt)]
 
     def bos_ids(self) -> list[int]:
-        """[BOS] where plain prompts get one by this tokenizer's habit; templates write their own."""
+        """[BOS] where this tokenizer begins plain texts with it; templates write their own."""
         bos = self.tokenizer.bos_token_id
         if self.has_template or bos is None:
             return []
