@@ -136,6 +136,8 @@ def compact_step(
     if "priors" in inputs:
         layout = replace(layout, prior_logp=prior_logp(model, inputs["priors"], backend))
     hidden, weight = packed_hidden(body, inputs), head.weight
+    if not torch.is_grad_enabled():
+        weight = weight.detach()  # or a trained head's gradient would be made for nothing
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from compact_fast.backends import RunSpec, choose
@@ -91,8 +91,10 @@ class CompactTrainer(CheckpointedTrainer):
             optimizers=optimizers,
         )
         vocab, width = head.weight.shape
-        spec = RunSpec(args.device, head.weight.dtype, vocab, width, head.bias is not None)
+        dtype = torch.bfloat16 if args.bf16 else head.weight.dtype
+        spec = RunSpec(args.device, dtype, vocab, width, head.bias is not None)
         self.choice = choose(args.backend, spec)
+        logger.info("loss backend %s (%s)", self.choice.backend.name, self.choice.reason)
         self._window = LogWindow(args.teachers, args.device)
         self._guard = NonFiniteGuard(args.teachers)
         for callback in (PrinterCallback, ProgressCallback):
@@ -129,7 +131,8 @@ class CompactTrainer(CheckpointedTrainer):
             raise ValueError(f"mi={config.mi!r} needs gold answers in the rows (gold_ids)")
         if config.weighting != "correct":
             return rows
-        keep = [i for i in range(len(rows)) if any(c == 1 for c in rows[i]["correct"])]
+        correct = rows["correct"] if hasattr(rows, "select") else [r["correct"] for r in rows]
+        keep = [i for i, known in enumerate(correct) if 1 in known]
         if not keep:
             raise ValueError("weighting='correct': no question has a rationale known to be right")
         if len(keep) < len(rows):
@@ -240,6 +243,7 @@ class CompactTrainer(CheckpointedTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As CheckpointedTrainer.train; run.json then says how the run ended."""
         self._window.reset()
+        set_seed(self.args.seed)  # what ran since the trainer was made must not matter
         try:
             result = super().train(*args, **kwargs)
         except BaseException as error:
