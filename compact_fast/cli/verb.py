@@ -17,6 +17,8 @@ from compact_fast.cli.arguments import DEBUG, HELP, Arguments, Option, parse
 from compact_fast.flat_yaml import parse_text
 from compact_fast.run_config import Key, flag_name, schema
 
+CONFIG = Option("config", "A YAML file of keys, such as a training run's.", "FILE")
+
 
 @dataclass(frozen=True)
 class Verb:

@@ -60,7 +60,16 @@ def read_corpus(config: RunConfig, *, quarantine: Path | None = None) -> Corpus:
 
 
 def _read(config: RunConfig, source: str, quarantine: Path | None) -> tuple[list[Question], int]:
-    raise NotImplementedError
+    from compact_fast.data import read_questions
+
+    found = read_questions(
+        source,
+        split=config.data.split,
+        on_error=config.data.on_error,
+        quarantine=quarantine,
+        limit=config.data.limit,
+    )
+    return list(found), found.skipped
 
 
 def world_questions(config: RunConfig) -> list[Question]:
@@ -76,19 +85,32 @@ def world_questions(config: RunConfig) -> list[Question]:
 
 def evaluation_questions(config: RunConfig) -> tuple[list[Question], str] | None:
     """Questions to evaluate on and what they are, or None when the run asks for none."""
-    if config.evaluation.eval_data is not None:
+    path, number = config.evaluation.eval_data, config.world.eval_questions
+    if path is None and config.run.data != ARITHMETIC:
+        return None
+    if path is not None and path != ARITHMETIC:
         from compact_fast.data import read_questions
 
-        path = config.evaluation.eval_data
-        questions = read_questions(path, limit=config.evaluation.eval_limit, need_rationales=False)
-        return questions, path
-    if config.run.data == ARITHMETIC and config.world.eval_questions:
-        from compact_fast.arithmetic import make_questions
+        questions = read_questions(
+            path,
+            split=config.data.split,
+            on_error=config.data.on_error,
+            limit=config.evaluation.eval_limit,
+            need_rationales=False,
+        )
+        return list(questions), path
+    if number == 0:
+        return None
+    from compact_fast.arithmetic import make_questions
 
-        number = config.world.eval_questions
-        seed = config.world.world_seed + EVALUATION_SEED
-        return make_questions(number, seed, scenario="clean"), f"{number} new problems"
-    return None
+    w = config.world
+    problems = make_questions(
+        min(number, config.evaluation.eval_limit or number),
+        w.world_seed + EVALUATION_SEED,
+        scenario=w.world_scenario,
+        shuffle_styles=w.world_shuffle_styles,
+    )
+    return problems, "the built-in world"
 
 
 def split(

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compact_fast.data import TokenizedData, TokenizeOptions, tokenize_questions
 from compact_fast.pipeline.agreement import (
     Agreement,
@@ -216,3 +218,10 @@ def method_line(config: RunConfig) -> str:
         consistency += f" x {m.consistency_weight:g}"
     parts.append(f"consistency {consistency}")
     return ", ".join(parts)
+
+
+def on_device(student: Student) -> Student:
+    """The student on the GPU, where there is one; for work without a trainer."""
+    if torch.cuda.is_available():
+        student.model.to("cuda")
+    return student
