@@ -115,8 +115,8 @@ class WorldSettings:
     world_seed: int = 0
     """Seed of problems and teachers."""
 
-    world_scenario: str = "misleading"
-    """How the teachers fail: clean, misleading, complementary or colluding."""
+    world_scenario: Literal["clean", "misleading", "complementary", "colluding"] = "misleading"
+    """How the teachers fail."""
 
     world_shuffle_styles: bool = True
     """Deal the writing styles to the teachers anew in every question."""

@@ -46,8 +46,10 @@ def page() -> str:
     lines += [
         "",
         "Baselines (`weighting` other than compact and consensus) are filtered only where",
+        "`filter_below` is set.",
+        "",
     ]
-    lines += ["`filter_below` is set.", "", "## Fields of TrainingArguments not used here", ""]
+    lines += ["## Fields of TrainingArguments not used here", ""]
     lines += [f"- `{name}`: {why}" for name, why in INSTEAD.items()]
     return "\n".join(lines) + "\n"
 

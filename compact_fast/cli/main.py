@@ -98,10 +98,10 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return text, code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f"{error.filename}: " if error.filename else ""
-        reason = (error.strerror or "no space left on the disk").lower()
+        reason = _lower(error.strerror or "no space left on the disk")
         return f"{where}{reason}; free some space and run again", USER_ERROR
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {(error.strerror or text).lower()}", USER_ERROR
+        return f"{error.filename}: {_lower(error.strerror or text)}", USER_ERROR
     if type(error).__name__ == "OutOfMemoryError":
         return (
             "the device is out of memory; lower questions_per_step or max_length, or set "
@@ -113,6 +113,10 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     if isinstance(error, (ValueError, OSError)):
         return text, USER_ERROR
     return f"internal error: {type(error).__name__}: {text}", BUG
+
+
+def _lower(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
 
 
 def console() -> NoReturn:
