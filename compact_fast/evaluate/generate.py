@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig as _GenerationConfig
 
 from compact_fast.data.extract import answers_equal, extract_answer
 from compact_fast.data.records import Question
@@ -116,7 +116,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     out: list[tuple[list[int], bool]] = [([], False)] * len(prompts)
     stops = set(stop_ids)
-    settings = GenerationConfig(
+    settings = _settings(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         eos_token_id=sorted(stops) or None,
@@ -153,12 +153,17 @@ def generate(
     return out
 
 
+def _settings(**values: Any) -> Any:
+    make: Any = _GenerationConfig
+    return make(**values)
+
+
 @contextmanager
 def _own_settings(causal: Any) -> Iterator[None]:
     # transformers fills what a call leaves open from the model's generation_config: a repetition
     # penalty in there would make "greedy" something else.
     own = causal.generation_config
-    causal.generation_config = GenerationConfig()
+    causal.generation_config = _settings()
     try:
         yield
     finally:

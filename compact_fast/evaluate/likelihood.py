@@ -62,7 +62,7 @@ def logp_at(
     for s, (ids, where, what) in enumerate(zip(sequences, positions, targets, strict=True)):
         if len(where) != len(what):
             raise ValueError(f"sequence {s}: {len(where)} positions but {len(what)} targets")
-        if where and not (0 <= min(where) and max(where) < len(ids)):
+        if where and (min(where) < 0 or max(where) >= len(ids)):
             raise ValueError(
                 f"sequence {s}: positions {min(where)} to {max(where)} of {len(ids)} tokens"
             )
@@ -80,13 +80,13 @@ def logp_at(
         flat = [row * length + p for row, i in enumerate(batch) for p in positions[i]]
         wanted = torch.tensor([t for i in batch for t in targets[i]], dtype=torch.long)
         hidden = parts.body(input_ids.to(device), attention_mask.to(device))
-        hidden = hidden.reshape(-1, hidden.shape[-1])[
-            torch.tensor(flat, dtype=torch.long, device=device)
-        ]
+        rows = torch.tensor(flat, dtype=torch.long, device=device)
+        hidden = hidden.reshape(-1, hidden.shape[-1])[rows]
         logp = token_logp(
             hidden, parts.weight, wanted.to(device), backend=backend, head_bias=parts.bias
         )
-        for i, piece in zip(batch, logp.cpu().split([len(targets[i]) for i in batch]), strict=True):
+        pieces = torch.split_with_sizes(logp.cpu(), [len(targets[i]) for i in batch])
+        for i, piece in zip(batch, pieces, strict=True):
             out[i] = piece
         done += len(batch)
         if progress is not None:

@@ -40,8 +40,9 @@ def option_likelihood(
 ) -> OptionLikelihood:
     """Chooses the option with the largest log p(option | prompt, lead), nats.
 
-    Two forms are scored: the option's "text", and its "letter" where options have letters. Each is judged by the plain sum and by the sum divided by the option's
-    length in UTF-8 bytes ("per_byte", independent of the tokenizer). Ties go to the earlier
+    Two forms are scored: the option's "text", and its "letter" where options have letters. Each
+    is judged by the plain sum and by the sum divided by the option's length in UTF-8 bytes
+    ("per_byte", independent of the tokenizer). Ties go to the earlier
     option. Questions without choices are counted and left out; raises ValueError when none is
     left or a gold answer names no option.
     """

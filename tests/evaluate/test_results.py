@@ -76,7 +76,6 @@ def test_measures_from_json_equal_those_in_memory():
 
 def test_table_shows_every_figure_with_its_unit():
     lines = result().table().splitlines()
-    assert len({len(line) for line in lines[:1]}) == 1
     table = "\n".join(lines)
     for text in (
         "exact match, greedy",
