@@ -1,0 +1,510 @@
+"""The parser in Python: the twin of csrc/parse.cpp, used where the native module is missing.
+
+Both read the same bytes by the same rules and give the same integers; see csrc/parse.h for the
+rules in words. Nothing is ever evaluated, and time is linear in the text.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from compact_fast.graphs.options import (
+    ANSWER_EXPLICIT,
+    ANSWER_IMPLIED,
+    ANSWER_NONE,
+    EDGE_NEXT,
+    EDGE_USES,
+    RESULT_IMPLIED,
+    RESULT_NONE,
+    RESULT_STATED,
+)
+
+MICRO = 1_000_000
+HUGE = 1 << 62  # keys of numbers beyond 12 digits: this bit plus a hash
+SIGNATURE_BITS = 512
+_MASK64 = (1 << 64) - 1
+
+_UNICODE = {
+    "×": "*", "⋅": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "—": " , ", "’": "'", "‘": "'",
+    "“": '"', "”": '"', "•": "\n", "\u00a0": " ", "\u202f": " ", "\u2009": " ", "≈": "=", "€": "$",
+    "£": "$", "¥": "$", "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 ",
+    "\u2028": "\n", "、": ",", "。": ". ", "，": ", ", "：": ":", "\ufeff": " ",
+}  # fmt: skip
+_TRANSLATE = str.maketrans(_UNICODE)
+
+_NUMBER_WORDS = {
+    "zero": 0, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8,
+    "nine": 9, "ten": 10, "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15,
+    "sixteen": 16, "seventeen": 17, "eighteen": 18, "nineteen": 19, "twenty": 20, "thirty": 30,
+    "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90,
+}  # fmt: skip
+_OPERATORS = {"+": 1, "-": 2, "*": 4, "/": 8, "plus": 1, "minus": 2, "times": 4, "divided": 8}
+_STOP = frozenset(
+    [
+        "a",
+        "an",
+        "and",
+        "are",
+        "as",
+        "at",
+        "be",
+        "been",
+        "by",
+        "can",
+        "do",
+        "does",
+        "for",
+        "from",
+        "had",
+        "has",
+        "have",
+        "he",
+        "her",
+        "his",
+        "if",
+        "in",
+        "into",
+        "is",
+        "it",
+        "its",
+        "of",
+        "on",
+        "or",
+        "she",
+        "so",
+        "that",
+        "the",
+        "their",
+        "them",
+        "then",
+        "there",
+        "they",
+        "this",
+        "to",
+        "was",
+        "we",
+        "were",
+        "will",
+        "with",
+        "you",
+        "therefore",
+        "thus",
+        "hence",
+        "step",
+        "first",
+        "second",
+        "next",
+        "finally",
+        "because",
+        "since",
+        "i",
+        "our",
+    ]
+)
+_ABBREVIATIONS = frozenset(
+    ["mr", "mrs", "ms", "dr", "st", "vs", "etc", "eg", "ie", "prof", "jr", "sr", "approx"]
+)
+
+_SKIP_LINE = re.compile(r"(?:[ \t*>_]|#(?!###)|-(?=[ \t]))*")
+_LIST_MARK = re.compile(
+    r"(?:[Ss]tep[ \t]+\d{1,4}[ \t]*[:.)-]?|\(?\d{1,3}[.)](?=[ \t])|\([A-Za-z]\)(?=[ \t]))"
+)
+_TOKEN = re.compile(
+    r"(?P<space>[ \t\r\f\v\0]+)"
+    r"|(?P<line>\n)"
+    r"|(?P<note><<[^<>\n]{0,200}>>)"
+    r"|(?P<hashes>####)"
+    r"|(?P<number>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+    r"|(?P<word>[A-Za-z\x80-\xff][A-Za-z0-9'\x80-\xff]*)"
+    r"|(?P<latex>\\[A-Za-z]+)"
+    r"|(?P<end>[.!?;](?=[\s\"')*\]]|\Z))"
+    r"|(?P<bold>\*\*+)"
+    r"|(?P<op>[-+*/=])"
+    r"|(?P<other>[\x00-\xff])",
+    re.ASCII,
+)
+
+
+@dataclass
+class Node:
+    """One step."""
+
+    numbers: list[int]  # sorted, distinct; everything but the result
+    result: int
+    result_kind: int
+    operators: int
+    signature: int  # SIGNATURE_BITS-bit set of hashed words and word pairs
+
+
+@dataclass
+class Graph:
+    """One rationale's step graph."""
+
+    nodes: list[Node] = field(default_factory=list)
+    edges: list[tuple[int, int, int]] = field(default_factory=list)  # source, target, type
+    answer: int = 0
+    answer_kind: int = ANSWER_NONE
+    shingles: list[int] = field(default_factory=list)  # sorted, distinct 3-word hashes
+
+
+def fnv(data: bytes, seed: int = 0xCBF29CE484222325) -> int:
+    """64-bit FNV-1a."""
+    for byte in data:
+        seed = ((seed ^ byte) * 0x100000001B3) & _MASK64
+    return seed
+
+
+def mix(value: int) -> int:
+    """Finaliser of splitmix64: spreads a hash over all bits."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)
+
+
+def _pair(a: int, b: int) -> int:
+    return mix((a * 0x9E3779B97F4A7C15 + b) & _MASK64)
+
+
+def number_key(text: str) -> int:
+    """Canonical integer of a number's spelling: millionths, or a tagged hash beyond 12 digits."""
+    whole, _, decimals = text.replace(",", "").partition(".")
+    whole = whole.lstrip("0")
+    if len(whole) > 12:
+        kept = decimals.rstrip("0")
+        return HUGE | (mix(fnv((whole + "." + kept).encode())) & (HUGE - 1))
+    micro = int((decimals[:6]).ljust(6, "0"))
+    if len(decimals) > 6 and decimals[6] >= "5":
+        micro += 1
+    return int(whole or "0") * MICRO + micro
+
+
+class _Step:
+    """What has been read of the step that is being read."""
+
+    __slots__ = ("cut", "equation", "last_word", "numbers", "operators", "words")
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self.words: list[int] = []
+        self.operators = 0
+        self.equation: int | None = None  # result after "="
+        self.last_word = 0
+        self.cut: _Step | None = None  # what followed a finished equation
+
+    def merge(self) -> None:
+        """Take back what followed the equation."""
+        if self.cut is not None:
+            self.numbers += self.cut.numbers
+            self.words += self.cut.words
+            self.operators |= self.cut.operators
+            self.cut = None
+
+    def retract(self) -> None:
+        """What looked like a result was the start of an expression."""
+        if self.equation is not None:
+            self.numbers.append(self.equation)
+            self.equation = None
+        self.merge()
+
+
+class Parser:
+    """Reads one text into a Graph; with `answer_only` into the key of a final answer."""
+
+    def __init__(self, max_steps: int) -> None:
+        self.max_steps = max_steps
+        self.graph = Graph()
+        self.last_result: dict[int, int] = {}
+        self.window: list[int] = []
+        self.shingles: set[int] = set()
+
+    # ---- steps -------------------------------------------------------------------------------
+
+    def _flush(self, step: _Step) -> None:
+        step.merge()
+        if not step.numbers and not step.words and step.equation is None:
+            return
+        if len(self.graph.nodes) >= self.max_steps:
+            raise ValueError(f"more than {self.max_steps} steps")
+        numbers = list(step.numbers)
+        if step.equation is not None:
+            kind, result = RESULT_STATED, step.equation
+        elif numbers and not step.operators:
+            kind, result = RESULT_IMPLIED, numbers[-1]
+        else:
+            kind, result = RESULT_NONE, 0
+        operands = set(numbers)
+        if kind == RESULT_IMPLIED:
+            operands.discard(result)
+        signature = 0
+        for hashed in step.words:
+            signature |= 1 << (hashed >> 55)
+        me = len(self.graph.nodes)
+        node = Node(sorted(operands), result, kind, step.operators, signature)
+        self.graph.nodes.append(node)
+        if me:
+            self.graph.edges.append((me - 1, me, EDGE_NEXT))
+        sources = {self.last_result[key] for key in operands if key in self.last_result}
+        self.graph.edges += [(source, me, EDGE_USES) for source in sorted(sources)]
+        if kind != RESULT_NONE:
+            self.last_result[result] = me
+
+    # ---- one pass over the text --------------------------------------------------------------
+
+    def parse(self, text: str) -> Graph:
+        data = text.translate(_TRANSLATE).encode().decode("latin-1")
+        at = 0
+        step = _Step()
+        start_of_line = True
+        before = ""  # kind of the token before: "", number, word, op, =, close
+        before_word = ""
+        answer: _Answer | None = None
+        boxed: _Answer | None = None
+        depth = 0
+        asked = False  # the word "answer" was the last word
+        while at < len(data):
+            if start_of_line:
+                start_of_line = False
+                at = _SKIP_LINE.match(data, at).end()  # type: ignore[union-attr]
+                if mark := _LIST_MARK.match(data, at):
+                    at = mark.end()
+                if at >= len(data):
+                    break
+            found = _TOKEN.match(data, at)
+            assert found is not None
+            kind, token = found.lastgroup, found.group()
+            here, at = at, found.end()
+            if kind == "space" or kind == "bold":
+                continue
+            if kind == "line" or kind == "end":
+                if (
+                    kind == "end"
+                    and token == "."
+                    and before == "word"
+                    and data[here - 1] not in " \t"
+                ):
+                    if len(before_word) == 1 or before_word in _ABBREVIATIONS:
+                        continue
+                if answer is not None:
+                    self._settle(answer)
+                    answer = None
+                else:
+                    self._flush(step)
+                step, before, asked = _Step(), "", False
+                start_of_line = kind == "line"
+                continue
+            if kind == "note":
+                if before == "=":
+                    continue
+                at = here + 2  # read its inside as ordinary tokens
+                continue
+            if kind == "hashes" or (asked and token in (":", "=")):
+                answer, asked = self._begin_answer(step, answer), False
+                step, before = _Step(), ""
+                continue
+            if kind == "latex":
+                if token == "\\boxed":
+                    boxed, depth = _Answer(), 0
+                elif token in ("\\times", "\\cdot"):
+                    kind, token = "op", "*"
+                elif token == "\\div":
+                    kind, token = "op", "/"
+                else:
+                    continue
+                if kind == "latex":
+                    continue
+            if kind == "other":
+                if token == "{":
+                    depth += 1
+                elif token == "}":
+                    depth -= 1
+                    if boxed is not None and depth <= 0:
+                        self._settle(boxed)
+                        boxed = None
+                    elif data[at : at + 1] == "{":
+                        kind, token = "op", "/"  # \frac{a}{b}
+                elif token in ")]":
+                    before = "close"
+                elif token in ",:":
+                    before = ""
+                if kind == "other":
+                    continue
+            if kind == "word":
+                word = token.replace("'", "").encode("latin-1").lower().decode("latin-1")
+                if asked and word in ("is", "are", "be"):
+                    answer, asked = self._begin_answer(step, answer), False
+                    step, before = _Step(), ""
+                    continue
+                asked = word in ("answer", "answers")
+                if word == "x" and before == "number":
+                    kind, token = "op", "*"
+                elif word == "equals":
+                    kind, token = "op", "="
+                elif word in _NUMBER_WORDS and answer is None:
+                    kind = "number"
+                elif word in _OPERATORS:
+                    kind, token = "op", word
+                self._shingle(word)
+            else:
+                word = ""
+                if kind == "number":
+                    asked = False
+                    self._shingle(token)
+            target = answer or boxed
+            if kind == "number":
+                key = _NUMBER_WORDS[word] * MICRO if word else number_key(token)
+                if data[here - 1 : here] == "-" and self.negative:
+                    key = -key
+                if target is not None:
+                    target.number(key)
+                if answer is None:
+                    self._number(step, key, before)
+                before = "number"
+            elif kind == "op":
+                if token == "-":
+                    self.negative = before in ("", "op", "=")
+                if token == "=":
+                    if target is not None:
+                        target.equals()
+                    if (
+                        answer is None
+                        and step.cut is not None
+                        and step.cut.numbers
+                        and step.cut.words
+                    ):
+                        tail, step.cut = step.cut, None
+                        self._flush(step)
+                        step = tail
+                    before = "="
+                else:
+                    if target is not None:
+                        target.operator(token)
+                    if answer is None and not (token == "-" and self.negative):
+                        if step.cut is not None and not step.cut.numbers:
+                            if token != "-" or before == "number":  # "= 8 / 2" states no result
+                                step.retract()
+                        (step.cut or step).operators |= _OPERATORS[token]
+                    before = "op"
+            else:
+                if target is not None:
+                    target.word(word)
+                if answer is None:
+                    self._word(step, word)
+                before, before_word = "word", word
+        if boxed is not None:
+            self._settle(boxed)
+        if answer is not None:
+            self._settle(answer)
+        else:
+            self._flush(step)
+        return self._finish()
+
+    negative = False
+
+    def _finish(self) -> Graph:
+        graph = self.graph
+        if graph.answer_kind == ANSWER_NONE:
+            for node in reversed(graph.nodes):
+                if node.result_kind != RESULT_NONE:
+                    graph.answer, graph.answer_kind = node.result, ANSWER_IMPLIED
+                    break
+        graph.shingles = sorted(self.shingles)
+        return graph
+
+    def _begin_answer(self, step: _Step, running: _Answer | None) -> _Answer:
+        if running is None and (step.equation is not None or step.cut is not None):
+            self._flush(step)
+        return _Answer()
+
+    def _settle(self, answer: _Answer) -> None:
+        key = answer.key()
+        if key is not None:
+            self.graph.answer, self.graph.answer_kind = key, ANSWER_EXPLICIT
+
+    def _number(self, step: _Step, key: int, before: str) -> None:
+        if before == "=":
+            step.retract()  # a chain "a = b = c", maybe with units between
+            step.equation = key
+            step.cut = _Step()
+        elif step.cut is not None:
+            step.cut.numbers.append(key)
+        else:
+            step.numbers.append(key)
+
+    def _word(self, step: _Step, word: str) -> None:
+        if word in _STOP or not word:
+            return
+        if len(word) > 3 and word[-1] == "s" and word[-2] != "s":
+            word = word[:-1]
+        hashed = mix(fnv(word.encode("latin-1")))
+        into = step.cut if step.cut is not None else step
+        into.words.append(hashed)
+        if step.last_word:
+            into.words.append(_pair(step.last_word, hashed))
+        step.last_word = hashed
+
+    def _shingle(self, word: str) -> None:
+        self.window = [*self.window[-2:], mix(fnv(word.encode("latin-1")))]
+        if len(self.window) == 3:
+            self.shingles.add(_pair(_pair(self.window[0], self.window[1]), self.window[2]))
+
+
+class _Answer:
+    """A final answer as its tokens come in."""
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+        self.fraction = 0  # 1: "a /" was read; 2: a / b
+        self.second = 0
+        self.after_equals = False
+        self.words: list[str] = []
+        self.tokens = 0
+
+    def number(self, key: int) -> None:
+        if self.first is None or self.after_equals:
+            self.first, self.fraction, self.after_equals = key, 0, False
+        elif self.fraction == 1 and self.tokens == 2:
+            self.second, self.fraction = key, 2
+        self.tokens += 1
+
+    def operator(self, token: str) -> None:
+        if token == "/" and self.tokens == 1 and self.first is not None:
+            self.fraction = 1
+        self.tokens += 1
+
+    def equals(self) -> None:
+        self.after_equals = True
+        self.tokens = 0
+
+    def word(self, word: str) -> None:
+        self.tokens += 1
+        if len(self.words) < 16:
+            self.words.append(word)
+
+    def key(self) -> int | None:
+        if self.first is not None:
+            small = abs(self.first) < HUGE and abs(self.second) < HUGE
+            if self.fraction == 2 and self.second and small:
+                value = abs(self.first) * MICRO // abs(self.second)
+                if value < HUGE:
+                    return value if (self.first < 0) == (self.second < 0) else -value
+            return self.first
+        if not self.words:
+            return None
+        first = {"yes": "true", "no": "false"}.get(self.words[0], self.words[0])
+        if first in ("true", "false") or len(first) == 1:
+            words = [first]
+        else:
+            words = [w for w in self.words if w not in _STOP] or [first]
+        return HUGE | (mix(fnv(" ".join(words).encode("latin-1"), 0x12345)) & (HUGE - 1))
+
+
+def parse_text(text: str, max_steps: int) -> Graph:
+    """The step graph of one rationale. Raises ValueError beyond `max_steps` steps."""
+    return Parser(max_steps).parse(text)
+
+
+def answer_key(text: str) -> int | None:
+    """Canonical key of a final answer given by itself ("1,200 dollars", "(B)", "yes")."""
+    graph = Parser(1 << 30).parse("#### " + text.replace("\n", " "))
+    return graph.answer if graph.answer_kind == ANSWER_EXPLICIT else None

@@ -1,0 +1,199 @@
+"""Agreement between a question's rationales, and each one's consensus score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from compact_fast.graphs import fallback_match as twin
+from compact_fast.graphs.matching import consensus_settings, match_python, quantise
+from compact_fast.graphs.native import Backend, backend_name, choose
+from compact_fast.graphs.options import MODES, UNIT, Centrality, GraphOptions, Mode
+from compact_fast.graphs.parsing import (
+    check_texts,
+    check_threads,
+    parse_python,
+    raise_parse_error,
+    set_answers,
+    unpack,
+)
+from compact_fast.graphs.structure import Int64, StepGraphs, check_offsets
+
+NO_EVIDENCE, UNDECIDABLE = 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class ConsensusResult:
+    """Scores of S rationales of Q questions."""
+
+    scores: NDArray[np.float64]  # [S] in [0, 1]: mean agreement with the other groups
+    agreement: list[NDArray[np.float64]]  # Q matrices [K, K], symmetric, 1 on the diagonal
+    groups: NDArray[np.int32]  # [S]; texts with one number inside a question share one vote
+    no_evidence: NDArray[np.bool_]  # [Q]; fewer than two groups: all scores are 1
+    undecidable: NDArray[np.bool_]  # [Q]; two groups: all scores are equal
+    backend: str  # "native" or "rustworkx"
+    backend_reason: str
+
+
+def consensus(
+    texts: Sequence[str],  # [S] rationales, question by question
+    cu_teachers: ArrayLike,  # [Q+1] integers; question q has texts cu_teachers[q]..[q+1]-1
+    *,
+    final_answers: Sequence[str | None] | None = None,  # [S]; None: find them in the texts
+    options: GraphOptions | None = None,
+    mode: Mode = "relaxed",
+    centrality: Centrality = "mean",
+    cluster_at: float = 0.5,
+    node_budget: int = 100_000,
+    backend: Backend = "auto",
+    threads: int | None = None,
+) -> ConsensusResult:
+    """Score every rationale by its agreement with the other teachers of its question.
+
+    Texts become step graphs, all pairs of a question are matched, the final answers join with
+    their share, near-identical texts share one vote, and a score is the mean agreement with the
+    other votes. `centrality="cluster"` counts only agreements of at least `cluster_at`. The result
+    does not depend on threads, on the order of teachers or on what else is in the call. Without
+    the native module it is computed on rustworkx, with the same values.
+
+    Raises ValueError naming question and teacher for texts that are not valid strings or too long,
+    and for offsets that do not fit.
+    """
+    options = options or GraphOptions()
+    settings = consensus_settings(
+        options, mode, centrality, node_budget=node_budget, cluster_at=cluster_at
+    )
+    cu = _check_cu(cu_teachers, len(texts))
+    count = check_threads(threads)
+    native, _ = choose(backend)
+    try:
+        texts = check_texts(texts)
+        if final_answers is not None:
+            if len(final_answers) != len(texts):
+                raise ValueError(f"{len(texts)} texts, but {len(final_answers)} final answers")
+            final_answers = check_texts(final_answers, "final answer", optional=True)
+        if native is not None:
+            flat = native.score_texts(texts, cu, final_answers, settings, count)
+        else:
+            graphs = parse_python(texts, options)
+            if final_answers is not None:
+                set_answers(graphs, final_answers)
+            flat = _score_python(graphs, cu, settings, None)
+    except OverflowError as error:
+        try:
+            raise_parse_error(error)
+        except ValueError as named:
+            raise ValueError(_place(str(named), cu)) from None
+    except ValueError as error:
+        raise ValueError(_place(str(error), cu)) from None
+    return _result(flat, cu, backend)
+
+
+def score_graphs(
+    graphs: StepGraphs,
+    cu_teachers: ArrayLike,
+    *,
+    options: GraphOptions | None = None,
+    embeddings: ArrayLike | None = None,  # [N, width] floats: one row a step
+    mode: Mode = "relaxed",
+    centrality: Centrality = "mean",
+    cluster_at: float = 0.5,
+    node_budget: int = 100_000,
+    backend: Backend = "auto",
+    threads: int | None = None,
+) -> ConsensusResult:
+    """As `consensus`, from graphs that are already parsed, with embeddings if wanted."""
+    settings = consensus_settings(
+        options or GraphOptions(), mode, centrality, node_budget=node_budget, cluster_at=cluster_at
+    )
+    cu = _check_cu(cu_teachers, len(graphs))
+    rows = quantise(embeddings, graphs.result.size)
+    native, _ = choose(backend)
+    if native is not None:
+        flat = native.score_graphs(graphs.arrays(), rows, cu, settings, check_threads(threads))
+    else:
+        lists = None
+        if rows is not None:
+            ends = graphs.cu_nodes.tolist()
+            lists = [rows[a:b].tolist() for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        flat = _score_python(unpack(graphs), cu, settings, lists)
+    return _result(flat, cu, backend)
+
+
+def agreement(
+    graphs: StepGraphs, cu_teachers: ArrayLike, **choices: Any
+) -> list[NDArray[np.float64]]:
+    """One matrix [K, K] a question: how far two rationales agree, 0 to 1. See `score_graphs`."""
+    return score_graphs(graphs, cu_teachers, **choices).agreement
+
+
+def _check_cu(cu_teachers: ArrayLike, texts: int) -> Int64:
+    cu = np.asarray(cu_teachers)
+    if cu.ndim != 1 or cu.size < 1 or cu.dtype.kind not in "iu":
+        raise ValueError(f"cu_teachers: expected integers [Q + 1], got {cu.dtype} {cu.shape}")
+    check_offsets("cu_teachers", cu, cu.size - 1, texts)
+    return np.ascontiguousarray(cu, dtype=np.int64)
+
+
+def _place(message: str, cu: Int64) -> str:
+    """ "text 7: ..." or "final answer 7: ..." with question and teacher put in front."""
+    for what in ("text ", "final answer "):
+        if message.startswith(what) and (index := message[len(what) :].partition(":")[0]).isdigit():
+            question = int(np.searchsorted(cu, int(index), side="right")) - 1
+            return f"question {question}, teacher {int(index) - cu[question]}: {message}"
+    return message
+
+
+def _result(flat: tuple[Any, ...], cu: Int64, backend: Backend) -> ConsensusResult:
+    r, scores, groups, flags = flat
+    name, reason = backend_name(backend)
+    squares = np.diff(cu) ** 2
+    parts = np.split(r / UNIT, np.cumsum(squares)[:-1]) if squares.size else []
+    return ConsensusResult(
+        scores=scores,
+        agreement=[p.reshape(k, k) for p, k in zip(parts, np.diff(cu), strict=True)],
+        groups=groups,
+        no_evidence=(flags & NO_EVIDENCE) > 0,
+        undecidable=(flags & UNDECIDABLE) > 0,
+        backend=name,
+        backend_reason=reason,
+    )
+
+
+def _score_python(
+    graphs: Sequence[twin.Graph], cu: Int64, o: dict[str, int], rows: list[Any] | None
+) -> tuple[Any, ...]:
+    mode = MODES[o["mode"]]
+    r_all: list[int] = []
+    scores: list[float] = []
+    groups: list[int] = []
+    flags: list[int] = []
+    for begin, end in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
+        mine = graphs[begin:end]
+        k = len(mine)
+        selves = [twin.self_value(g, o, mode, rows is not None) for g in mine]
+        r = [[UNIT] * k for _ in range(k)]
+        for i in range(k):
+            for j in range(i + 1, k):
+                both = None if rows is None else (rows[begin + i], rows[begin + j])
+                value = match_python(mine[i], mine[j], o, mode, both).value
+                pair = (selves[i], selves[j])
+                r[i][j] = r[j][i] = twin.pair_agreement(
+                    mine[i], mine[j], pair, value, o["answer_share"]
+                )
+        group = twin.surface_groups(mine, o)
+        score, flag = twin.score_agreement(r, group, o)
+        r_all += [x for row in r for x in row]
+        scores += score
+        groups += group
+        flags.append(flag)
+    return (
+        np.array(r_all, dtype=np.int64),
+        np.array(scores, dtype=np.float64),
+        np.array(groups, dtype=np.int32),
+        np.array(flags, dtype=np.uint8),
+    )

@@ -1,0 +1,345 @@
+// The Python module: arrays in, arrays out, the GIL released around all work. Arguments are checked
+// by compact_fast.graphs, the only caller.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <stdexcept>
+
+#include "consensus.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace py = pybind11;
+using namespace compact;
+
+namespace {
+
+constexpr int kAbi = 1;
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+template <class T>
+py::array_t<T> to_array(const std::vector<T>& values) {
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+template <class T>
+std::vector<T> to_vector(const py::handle& object) {
+  auto array = Array<T>::ensure(object);
+  if (!array) throw py::error_already_set();
+  return std::vector<T>(array.data(), array.data() + array.size());
+}
+
+// Views of the strings' UTF-8; valid while the list lives and is unchanged.
+std::vector<std::string_view> views(const py::list& texts, std::vector<std::uint8_t>* given = nullptr) {
+  std::vector<std::string_view> out;
+  out.reserve(texts.size());
+  if (given) given->reserve(texts.size());
+  for (py::handle text : texts) {
+    if (given) given->push_back(!text.is_none());
+    if (given && text.is_none()) {
+      out.emplace_back();
+      continue;
+    }
+    Py_ssize_t size = 0;
+    const char* data = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
+    if (!data) throw py::error_already_set();
+    out.emplace_back(data, static_cast<std::size_t>(size));
+  }
+  return out;
+}
+
+Options read_options(const py::dict& d) {
+  Options o;
+  auto get = [&](const char* name) { return d[name].cast<std::int64_t>(); };
+  auto small = [&](const char* name) { return static_cast<std::int32_t>(get(name)); };
+  o.weight_result = small("weight_result");
+  o.weight_numbers = small("weight_numbers");
+  o.weight_operators = small("weight_operators");
+  o.weight_text = small("weight_text");
+  o.weight_embedding = small("weight_embedding");
+  o.ramp_low = small("ramp_low");
+  o.ramp_high = small("ramp_high");
+  o.step_stated = small("step_stated");
+  o.step_numbers = small("step_numbers");
+  o.step_words = small("step_words");
+  o.edge_half[kNext] = small("edge_next");
+  o.edge_half[kUses] = small("edge_uses");
+  o.answer_share = small("answer_share");
+  o.dedupe = small("dedupe");
+  o.dedupe_min_shingles = small("dedupe_min_shingles");
+  o.max_steps = get("max_steps");
+  o.max_bytes = get("max_bytes");
+  return o;
+}
+
+ConsensusOptions read_consensus(const py::dict& d) {
+  ConsensusOptions o;
+  o.graph = read_options(d);
+  o.mode = static_cast<Mode>(d["mode"].cast<int>());
+  o.centrality = static_cast<Centrality>(d["centrality"].cast<int>());
+  o.node_budget = d["node_budget"].cast<std::int64_t>();
+  o.cluster_at = d["cluster_at"].cast<std::int64_t>();
+  return o;
+}
+
+py::dict graphs_out(const StepGraphs& g) {
+  py::dict d;
+  d["cu_nodes"] = to_array(g.cu_nodes);
+  d["cu_edges"] = to_array(g.cu_edges);
+  d["cu_shingles"] = to_array(g.cu_shingles);
+  d["answer"] = to_array(g.answer);
+  d["answer_kind"] = to_array(g.answer_kind);
+  d["result"] = to_array(g.result);
+  d["result_kind"] = to_array(g.result_kind);
+  d["operators"] = to_array(g.operators);
+  py::array_t<std::uint64_t> signature({static_cast<py::ssize_t>(g.nodes()), py::ssize_t{8}});
+  if (g.nodes() > 0)
+    std::memcpy(signature.mutable_data(), g.signature.data(), g.nodes() * sizeof(Signature));
+  d["signature"] = signature;
+  d["cu_numbers"] = to_array(g.cu_numbers);
+  d["numbers"] = to_array(g.numbers);
+  d["edge_source"] = to_array(g.edge_source);
+  d["edge_target"] = to_array(g.edge_target);
+  d["edge_type"] = to_array(g.edge_type);
+  d["shingles"] = to_array(g.shingles);
+  return d;
+}
+
+StepGraphs graphs_in(const py::dict& d) {
+  StepGraphs g;
+  g.cu_nodes = to_vector<std::int64_t>(d["cu_nodes"]);
+  g.cu_edges = to_vector<std::int64_t>(d["cu_edges"]);
+  g.cu_shingles = to_vector<std::int64_t>(d["cu_shingles"]);
+  g.answer = to_vector<std::int64_t>(d["answer"]);
+  g.answer_kind = to_vector<std::uint8_t>(d["answer_kind"]);
+  g.result = to_vector<std::int64_t>(d["result"]);
+  g.result_kind = to_vector<std::uint8_t>(d["result_kind"]);
+  g.operators = to_vector<std::uint8_t>(d["operators"]);
+  auto signature = Array<std::uint64_t>::ensure(d["signature"]);
+  g.signature.resize(g.result.size());
+  if (!g.signature.empty())
+    std::memcpy(g.signature.data(), signature.data(), g.signature.size() * sizeof(Signature));
+  g.cu_numbers = to_vector<std::int64_t>(d["cu_numbers"]);
+  g.numbers = to_vector<std::int64_t>(d["numbers"]);
+  g.edge_source = to_vector<std::int32_t>(d["edge_source"]);
+  g.edge_target = to_vector<std::int32_t>(d["edge_target"]);
+  g.edge_type = to_vector<std::uint8_t>(d["edge_type"]);
+  g.shingles = to_vector<std::uint64_t>(d["shingles"]);
+  return g;
+}
+
+void raise_on(const ParseError& error) {
+  if (error.text < 0) return;
+  // ("text index", "reason"): compact_fast.graphs names question and teacher
+  PyErr_SetObject(PyExc_OverflowError, py::make_tuple(error.text, error.reason).ptr());
+  throw py::error_already_set();
+}
+
+py::dict parse(const py::list& texts, const py::dict& options, int threads) {
+  const Options o = read_options(options);
+  const auto all = views(texts);
+  StepGraphs graphs;
+  ParseError error;
+  {
+    py::gil_scoped_release release;
+    parse_all(all, o, threads, graphs, error);
+  }
+  raise_on(error);
+  return graphs_out(graphs);
+}
+
+py::tuple answer_keys(const py::list& answers) {
+  std::vector<std::uint8_t> given;
+  const auto all = views(answers, &given);
+  std::vector<std::int64_t> keys(all.size(), 0);
+  {
+    py::gil_scoped_release release;
+    Parser parser;
+    for (std::size_t s = 0; s < all.size(); ++s)
+      if (given[s] && !parser.answer_key(all[s], keys[s])) given[s] = 0;
+  }
+  return py::make_tuple(to_array(keys), to_array(given));
+}
+
+Embeddings embedding_rows(const py::object& array, Array<std::int8_t>& hold) {
+  if (array.is_none()) return {};
+  hold = Array<std::int8_t>::ensure(array);
+  return {hold.data(), hold.shape(1)};
+}
+
+py::tuple match_graphs(const py::dict& graphs, const py::object& embedding,
+                       const Array<std::int64_t>& pairs, const py::dict& options, int threads) {
+  const ConsensusOptions o = read_consensus(options);
+  const StepGraphs g = graphs_in(graphs);
+  Array<std::int8_t> hold;
+  const Embeddings e = embedding_rows(embedding, hold);
+  const auto count = pairs.shape(0);
+  const std::int64_t* pair = pairs.data();
+  std::vector<std::int64_t> cu{0};
+  for (py::ssize_t p = 0; p < count; ++p)
+    cu.push_back(cu.back() + g.cu_nodes[pair[2 * p] + 1] - g.cu_nodes[pair[2 * p]]);
+  std::vector<std::int64_t> value(count), bound(count), self(2 * count);
+  std::vector<std::uint8_t> proven(count);
+  std::vector<std::int32_t> assigned(cu.back());
+  {
+    py::gil_scoped_release release;
+    parallel_for(count, 64, threads, [&](std::int64_t begin, std::int64_t end, int) {
+      QuestionScorer scorer(o);
+      for (std::int64_t p = begin; p < end; ++p) {
+        const std::int64_t a = pair[2 * p], b = pair[2 * p + 1];
+        const MatchOutcome out = scorer.match(g, a, b, e, assigned.data() + cu[p]);
+        value[p] = out.value, bound[p] = out.bound, proven[p] = out.proven;
+        self[2 * p] = scorer.self_match(g, a, e.rows != nullptr);
+        self[2 * p + 1] = scorer.self_match(g, b, e.rows != nullptr);
+      }
+    });
+  }
+  return py::make_tuple(to_array(value), to_array(bound), to_array(proven), to_array(self),
+                        to_array(cu), to_array(assigned));
+}
+
+// Pairs given by their similarity matrices: pair p has sizes[p] = (n, m), similarity from cu[p], and
+// edges [cu_a[p], cu_a[p+1]) and [cu_b[p], cu_b[p+1]).
+py::tuple match_arrays(const Array<std::int32_t>& similarity, const Array<std::int64_t>& cu,
+                       const Array<std::int64_t>& sizes, const py::list& edges_a,
+                       const py::list& edges_b, const Array<std::int64_t>& half, int mode,
+                       std::int64_t budget, int threads) {
+  struct Edges {
+    std::vector<std::int64_t> cu;
+    std::vector<std::int32_t> source, target;
+    std::vector<std::uint8_t> type;
+    explicit Edges(const py::list& l)
+        : cu(to_vector<std::int64_t>(l[0])), source(to_vector<std::int32_t>(l[1])),
+          target(to_vector<std::int32_t>(l[2])), type(to_vector<std::uint8_t>(l[3])) {}
+    EdgeList of(std::int64_t p) const {
+      return {source.data() + cu[p], target.data() + cu[p], type.data() + cu[p], cu[p + 1] - cu[p]};
+    }
+  };
+  const Edges ea(edges_a), eb(edges_b);
+  const auto count = sizes.shape(0);
+  const std::int64_t* size = sizes.data();
+  const std::int64_t* start = cu.data();
+  const std::int32_t* s = similarity.data();
+  const std::int32_t weights[kEdgeTypes] = {static_cast<std::int32_t>(half.at(0)),
+                                            static_cast<std::int32_t>(half.at(1))};
+  std::vector<std::int64_t> rows{0};
+  for (py::ssize_t p = 0; p < count; ++p) rows.push_back(rows.back() + size[2 * p]);
+  std::vector<std::int64_t> value(count), bound(count);
+  std::vector<std::uint8_t> proven(count);
+  std::vector<std::int32_t> assigned(rows.back());
+  {
+    py::gil_scoped_release release;
+    parallel_for(count, 16, threads, [&](std::int64_t begin, std::int64_t end, int) {
+      Matcher matcher;
+      for (std::int64_t p = begin; p < end; ++p) {
+        const MatchOutcome out =
+            matcher.match(static_cast<Mode>(mode), s + start[p], size[2 * p], size[2 * p + 1],
+                          ea.of(p), eb.of(p), weights, budget, assigned.data() + rows[p]);
+        value[p] = out.value, bound[p] = out.bound, proven[p] = out.proven;
+      }
+    });
+  }
+  return py::make_tuple(to_array(value), to_array(bound), to_array(proven), to_array(rows),
+                        to_array(assigned));
+}
+
+py::tuple assignment(const Array<std::int32_t>& weights, const Array<std::int64_t>& cu,
+                     const Array<std::int64_t>& sizes, int threads) {
+  const auto count = sizes.shape(0);
+  const std::int64_t *size = sizes.data(), *start = cu.data();
+  const std::int32_t* w = weights.data();
+  std::vector<std::int64_t> rows{0}, value(count);
+  for (py::ssize_t p = 0; p < count; ++p) rows.push_back(rows.back() + size[2 * p]);
+  std::vector<std::int32_t> assigned(rows.back());
+  {
+    py::gil_scoped_release release;
+    parallel_for(count, 64, threads, [&](std::int64_t begin, std::int64_t end, int) {
+      Assignment lap;
+      for (std::int64_t p = begin; p < end; ++p)
+        value[p] = lap.solve(w + start[p], size[2 * p], size[2 * p + 1], assigned.data() + rows[p]);
+    });
+  }
+  return py::make_tuple(to_array(value), to_array(rows), to_array(assigned));
+}
+
+std::vector<std::int64_t> agreement_offsets(const std::vector<std::int64_t>& cu) {
+  std::vector<std::int64_t> out{0};
+  for (std::size_t q = 1; q < cu.size(); ++q) {
+    const std::int64_t k = cu[q] - cu[q - 1];
+    out.push_back(out.back() + k * k);
+  }
+  return out;
+}
+
+struct Scores {
+  explicit Scores(const std::vector<std::int64_t>& cu)
+      : cu_agreement(agreement_offsets(cu)), agreement(cu_agreement.back()), score(cu.back()),
+        group(cu.back()), flags(cu.size() - 1) {}
+  std::vector<std::int64_t> cu_agreement, agreement;
+  std::vector<double> score;
+  std::vector<std::int32_t> group;
+  std::vector<std::uint8_t> flags;
+  py::tuple out() const {
+    return py::make_tuple(to_array(agreement), to_array(score), to_array(group), to_array(flags));
+  }
+};
+
+py::tuple score_texts(const py::list& texts, const Array<std::int64_t>& cu_teachers,
+                      const py::object& answers, const py::dict& options, int threads) {
+  const ConsensusOptions o = read_consensus(options);
+  const auto all = views(texts);
+  std::vector<std::uint8_t> given;
+  std::vector<std::string_view> finals;
+  if (!answers.is_none()) finals = views(answers.cast<py::list>(), &given);
+  const auto cu = to_vector<std::int64_t>(cu_teachers);
+  Scores s(cu);
+  ParseError error;
+  {
+    py::gil_scoped_release release;
+    score_questions(all, cu, finals, given, o, threads, s.cu_agreement, s.agreement.data(),
+                    s.score.data(), s.group.data(), s.flags.data(), error);
+  }
+  raise_on(error);
+  return s.out();
+}
+
+py::tuple score_graphs(const py::dict& graphs, const py::object& embedding,
+                       const Array<std::int64_t>& cu_teachers, const py::dict& options, int threads) {
+  const ConsensusOptions o = read_consensus(options);
+  const StepGraphs g = graphs_in(graphs);
+  Array<std::int8_t> hold;
+  const Embeddings e = embedding_rows(embedding, hold);
+  const auto cu = to_vector<std::int64_t>(cu_teachers);
+  Scores s(cu);
+  {
+    py::gil_scoped_release release;
+    parallel_for(static_cast<std::int64_t>(cu.size()) - 1, 16, threads,
+                 [&](std::int64_t begin, std::int64_t end, int) {
+                   QuestionScorer scorer(o);
+                   for (std::int64_t q = begin; q < end; ++q)
+                     s.flags[q] = scorer.question(g, cu[q], cu[q + 1], e,
+                                                  s.agreement.data() + s.cu_agreement[q],
+                                                  s.score.data() + cu[q], s.group.data() + cu[q]);
+                 });
+  }
+  return s.out();
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.attr("abi") = kAbi;
+  m.def("simd_level", &simd_level);
+  m.def("force_simd_level", &force_simd_level);
+  m.def("parse", &parse);
+  m.def("answer_keys", &answer_keys);
+  m.def("match_graphs", &match_graphs);
+  m.def("match_arrays", &match_arrays);
+  m.def("assignment", &assignment);
+  m.def("score_texts", &score_texts);
+  m.def("score_graphs", &score_graphs);
+}
