@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 Mode = Literal["compact", "paper", "reference"]
@@ -148,6 +150,23 @@ class CompactConfig:
             raise ValueError(f"tau={self.tau!r}: expected a finite number > 0")
         if self.filter_below > 1:
             raise ValueError(f"filter_below={self.filter_below!r}: expected a share, 0 to 1")
+        # made here, once: operators take the configuration as text, also while being compiled
+        object.__setattr__(self, "_text", json.dumps(asdict(self), sort_keys=True))
+
+    @property
+    def text(self) -> str:
+        """The configuration as one line of JSON; `from_text` reads it back."""
+        return self._text  # type: ignore[attr-defined, no-any-return]
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def from_text(text: str) -> CompactConfig:
+        """The configuration that `text` came from. Unknown fields raise ValueError."""
+        values = json.loads(text)
+        unknown = set(values) - set(FIELD_NAMES)
+        if unknown:
+            raise ValueError(f"configuration has unknown fields: {', '.join(sorted(unknown))}")
+        return CompactConfig(**values)
 
     def _set_fixed_weights(self, value: Any) -> None:
         try:

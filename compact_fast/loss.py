@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from compact_fast.backends import CompactBackend, RunSpec, choose
+from compact_fast import ops
+from compact_fast.backends import CompactBackend
 from compact_fast.config import CompactConfig
 from compact_fast.layout import TokenLayout
 from compact_fast.output import CompactOutput
 
 __all__ = ["CompactOutput", "compact_loss", "token_logp"]
+
+_DEFAULT = CompactConfig()
 
 
 def compact_loss(
@@ -45,18 +49,28 @@ def compact_loss(
 
     Raises ValueError for arguments that contradict each other or the configuration.
     """
-    taken = choose(backend, _spec(hidden, lm_head_weight, head_bias)).backend
-    return taken.compact_loss(
+    live = torch.is_grad_enabled()
+    values = torch.ops.compact_fast.score_and_loss(
         hidden,
         lm_head_weight,
-        layout,
-        consensus=consensus,
-        attention=attention,
-        config=config or CompactConfig(),
-        normalizer=normalizer,
-        head_bias=head_bias,
-        statistics=statistics,
+        head_bias,
+        *(getattr(layout, name) for name in ops.LAYOUT_FIELDS),
+        consensus,
+        attention,
+        (_DEFAULT if config is None else config).text,
+        normalizer,
+        live and hidden.requires_grad,
+        live and lm_head_weight.requires_grad,
+        live and head_bias is not None and head_bias.requires_grad,
+        statistics,
+        ops.backend_name(backend),
     )
+    out = dict(zip(ops.RESULTS, values, strict=True))
+    for name in ("grad_hidden", "grad_weight", "grad_bias"):
+        del out[name]
+    if not statistics:
+        out["token_entropy"] = out["token_correct"] = None
+    return CompactOutput(**out)
 
 
 def token_logp(
@@ -72,14 +86,7 @@ def token_logp(
     Never holds [T, V] logits; differentiable. Rows with a negative target are not multiplied.
     Raises ValueError for shapes that do not fit and for targets outside the vocabulary.
     """
-    taken = choose(backend, _spec(hidden, lm_head_weight, head_bias)).backend
-    return taken.token_logp(hidden, lm_head_weight, targets, head_bias=head_bias)
-
-
-def _spec(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> RunSpec:
-    if hidden.ndim != 2 or weight.ndim != 2:
-        raise ValueError(
-            "expected hidden [T, D] and lm_head_weight [V, D]; got "
-            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    return RunSpec(hidden.device, hidden.dtype, weight.shape[0], weight.shape[1], bias is not None)
+    logp: Tensor = torch.ops.compact_fast.token_logp(
+        hidden, lm_head_weight, head_bias, targets, False, ops.backend_name(backend)
+    )[0]
+    return logp

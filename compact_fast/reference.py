@@ -39,18 +39,10 @@ def compact_loss(
     """See `compact_fast.compact_loss`; gradients by autograd through the full [T, V] logits."""
     config = config or CompactConfig()
     check_loss_inputs(hidden, lm_head_weight, layout, consensus, attention, config, head_bias)
-    dtype = statistics_dtype(hidden.dtype)
-    h, W = hidden.to(dtype), lm_head_weight.to(dtype)
-    logits = h @ W.T  # [T, V]
-    if head_bias is not None:
-        logits = logits + head_bias.to(dtype)
-    logp = logits.log_softmax(-1)  # [T, V]
-
-    safe = layout.targets.clamp(min=0)
-    token_logp = logp.gather(1, safe[:, None]).squeeze(1)
-    token_logp = torch.where(layout.labelled, token_logp, 0.0)  # [T]
-    nll = difficulty(token_logp, layout)  # [S]
-    mi = _mi(logits, logp, token_logp, layout, config)  # [S]
+    logp = log_softmax(hidden, lm_head_weight, head_bias)  # [T, V]
+    label_logp = pick_targets(logp, layout.targets)  # [T]
+    nll = difficulty(label_logp, layout)  # [S]
+    mi = _mi(hidden, lm_head_weight, logp, label_logp, layout, config)  # [S]
 
     shares = teacher_weights(
         mi.detach(),
@@ -65,10 +57,16 @@ def compact_loss(
     )
     alpha = shares.weights
 
-    # a teacher with weight 0 may have a non-finite NLL; 0 * inf would poison the loss
-    weighted = torch.where(alpha > 0, alpha * torch.where(alpha > 0, nll, 0.0), 0.0)
+    if bool(shares.nonfinite.any()):  # weight 0 times inf would poison the loss and its gradient
+        alive = ~shares.nonfinite[layout.token_sequence]
+        cleaned = torch.where(alive[:, None], hidden, 0.0)
+        trained = log_softmax(cleaned, lm_head_weight, head_bias)
+        trained_nll = difficulty(pick_targets(trained, layout.targets), layout)
+    else:
+        trained, trained_nll = logp, nll
+    weighted = torch.where(alpha > 0, alpha * trained_nll, 0.0)
     sft = weighted.new_zeros(layout.num_questions).index_add(0, layout.sequence_question, weighted)
-    divergence = _consistency(logp, alpha, layout, config)  # [Q]
+    divergence = _consistency(trained, alpha, layout, config)  # [Q]
     if normalizer is None:
         normalizer = max(1, int((~shares.skipped).sum()))
     loss_sft = sft.sum() / normalizer
@@ -82,36 +80,37 @@ def compact_loss(
         mi=mi.detach(),
         consensus=shares.consensus,
         score=shares.score,
-        token_logp=token_logp.detach(),
+        token_logp=label_logp.detach(),
         consistency=divergence.detach(),
         filtered=shares.filtered,
         nonfinite=shares.nonfinite,
         skipped=shares.skipped,
-        token_entropy=torch.where(layout.labelled, -(logp.exp() * logp).sum(-1), 0.0).detach(),
-        token_correct=layout.labelled & (logits.argmax(-1) == layout.targets),
+        token_entropy=entropy(logp, layout.targets).detach(),
+        token_correct=logp.argmax(-1) == layout.targets,
     )
 
 
 @torch.no_grad()
 def _mi(
-    logits: Tensor,
-    logp: Tensor,
-    token_logp: Tensor,
+    hidden: Tensor,  # [T, D]
+    lm_head_weight: Tensor,  # [V, D]
+    logp: Tensor,  # [T, V]
+    label_logp: Tensor,  # [T]
     layout: TokenLayout,
     config: CompactConfig,
 ) -> Tensor:
     """S_MI [S] in the form that the configuration names; NaN where there is nothing to measure."""
-    if config.mi == "pvi":
-        if layout.prior_logp is None:
-            return torch.full_like(layout.label_counts, torch.nan, dtype=logits.dtype)
-        return pointwise_information(token_logp, layout)
-    if layout.gold_ids is None or layout.cu_gold is None:
-        return torch.full_like(layout.label_counts, torch.nan, dtype=logits.dtype)
-    source = logits if config.mi == "logit" else logp
-    gold = mean_gold(source.T[layout.gold_ids], layout.cu_gold)  # [Q, T]
+    if config.mi == "pvi" and layout.prior_logp is not None:
+        return pointwise_information(label_logp, layout)
+    if config.mi == "pvi" or layout.gold_ids is None or layout.cu_gold is None:
+        return torch.full_like(layout.label_counts, torch.nan, dtype=logp.dtype)
+    if config.mi == "logit":
+        rows = lm_head_weight[layout.gold_ids].to(logp.dtype) @ hidden.to(logp.dtype).T  # [G, T]
+    else:
+        rows = logp.T[layout.gold_ids]
+    gold = mean_gold(rows, layout.cu_gold)  # [Q, T]
     question = layout.sequence_question[layout.token_sequence]  # [T]
-    information = gold.gather(0, question[None, :]).squeeze(0)
-    return adaptability(information, layout, config)
+    return adaptability(gold.gather(0, question[None, :]).squeeze(0), layout, config)
 
 
 def mean_gold(rows: Tensor, cu_gold: Tensor) -> Tensor:
@@ -203,6 +202,26 @@ def attention_consensus(
     return out
 
 
+def log_softmax(hidden: Tensor, lm_head_weight: Tensor, head_bias: Tensor | None) -> Tensor:
+    """Log-probabilities of the whole vocabulary: [T, D], [V, D], [V] -> [T, V]."""
+    dtype = statistics_dtype(hidden.dtype)
+    logits = hidden.to(dtype) @ lm_head_weight.to(dtype).T
+    if head_bias is not None:
+        logits = logits + head_bias.to(dtype)
+    return logits.log_softmax(-1)
+
+
+def pick_targets(logp: Tensor, targets: Tensor) -> Tensor:
+    """logp [T, V] at targets [T], 0 at negative targets."""
+    picked = logp.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+    return torch.where(targets >= 0, picked, 0.0)
+
+
+def entropy(logp: Tensor, targets: Tensor) -> Tensor:
+    """Entropy in nats of logp [T, V], 0 at negative targets, [T]."""
+    return torch.where(targets >= 0, -torch.special.xlogy(logp.exp(), logp.exp()).sum(-1), 0.0)
+
+
 def token_logp(
     hidden: Tensor,  # [T, D]
     lm_head_weight: Tensor,  # [V, D]
@@ -211,9 +230,4 @@ def token_logp(
     head_bias: Tensor | None = None,
 ) -> Tensor:
     """log softmax(W h_t)[targets_t] in nats, 0 at negative targets, [T]."""
-    dtype = statistics_dtype(hidden.dtype)
-    logits = hidden.to(dtype) @ lm_head_weight.to(dtype).T
-    if head_bias is not None:
-        logits = logits + head_bias.to(dtype)
-    logp = logits.log_softmax(-1).gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
-    return torch.where(targets >= 0, logp, 0.0)
+    return pick_targets(log_softmax(hidden, lm_head_weight, head_bias), targets)

@@ -194,7 +194,7 @@ def teacher_weights(
     return TeacherWeights(
         weights=weights.to(nll.dtype),
         score=score.to(nll.dtype),
-        consensus=cons64.to(nll.dtype),
+        consensus=cons64.to(nll.dtype, copy=True),
         filtered=filtered,
         nonfinite=~finite,
         skipped=groups.sum(weights) == 0,

@@ -8,10 +8,19 @@ from compact_fast.backends.protocol import ABI, CompactBackend, RunSpec
 from compact_fast.backends.reference_backend import ReferenceBackend
 from compact_fast.backends.torch_backend import TorchBackend
 
-__all__ = ["Choice", "CompactBackend", "RunSpec", "available_backends", "choose", "get_backend"]
+__all__ = [
+    "Choice",
+    "CompactBackend",
+    "RunSpec",
+    "available_backends",
+    "choose",
+    "get_backend",
+    "resolve",
+]
 
 _BUILT_IN: dict[str, CompactBackend] = {"torch": TorchBackend(), "reference": ReferenceBackend()}
 _AUTO_ORDER = ("torch",)  # the reference holds full logits: only ever on request
+_OBJECTS: dict[str, CompactBackend] = {}  # handle -> object; operators take text only
 
 
 @dataclass(frozen=True)
@@ -20,6 +29,15 @@ class Choice:
 
     backend: CompactBackend
     reason: str
+
+    @property
+    def handle(self) -> str:
+        """Text that `resolve` turns back into this backend."""
+        if _BUILT_IN.get(self.backend.name) is self.backend:
+            return self.backend.name
+        handle = f"{self.backend.name}@{id(self.backend):x}"
+        _OBJECTS[handle] = self.backend  # keeps it alive, so that the id stays its own
+        return handle
 
 
 def choose(backend: str | CompactBackend = "auto", spec: RunSpec | None = None) -> Choice:
@@ -33,18 +51,17 @@ def choose(backend: str | CompactBackend = "auto", spec: RunSpec | None = None) 
         for name in _AUTO_ORDER:
             verdict = True if spec is None else _BUILT_IN[name].can_run(spec)
             if verdict is True:
-                why = "; ".join(
-                    [f"first that can run on {spec.device}" if spec else "first", *refused]
-                )
-                return Choice(_BUILT_IN[name], f"auto: {why}")
+                why = f"first that can run on {spec.device}" if spec else "first by default"
+                return Choice(_BUILT_IN[name], f"auto: {'; '.join([why, *refused])}")
             refused.append(f"{name}: {verdict}")
         raise ValueError("no backend can run here: " + "; ".join(refused))
     if isinstance(backend, str):
-        if backend not in _BUILT_IN:
+        named = _OBJECTS.get(backend) or _BUILT_IN.get(backend)
+        if named is None:
             raise ValueError(
                 f"backend={backend!r}: expected 'auto' or one of {', '.join(sorted(_BUILT_IN))}"
             )
-        found = _BUILT_IN[backend]
+        found = named
     else:
         if not isinstance(backend, CompactBackend):
             raise ValueError(f"backend={backend!r} is neither a name nor a CompactBackend")
@@ -55,6 +72,11 @@ def choose(backend: str | CompactBackend = "auto", spec: RunSpec | None = None) 
     if verdict is not True:
         raise ValueError(f"backend {found.name!r} cannot run: {verdict}")
     return Choice(found, "requested")
+
+
+def resolve(handle: str, spec: RunSpec) -> CompactBackend:
+    """The backend behind a name or handle; ValueError if it cannot run `spec`."""
+    return choose(handle, spec).backend
 
 
 def get_backend(backend: str | CompactBackend = "auto") -> CompactBackend:

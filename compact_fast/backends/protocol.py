@@ -1,16 +1,19 @@
-"""What a backend is: a structural type, so that others need to import nothing of ours."""
+"""What a backend is: a structural type, so that others need to import nothing of ours.
+
+A backend computes values and gradients; it knows nothing of autograd. `compact_fast.ops` wraps
+whatever backend is chosen into differentiable operators.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from compact_fast.config import CompactConfig
 from compact_fast.layout import TokenLayout
-from compact_fast.output import CompactOutput
 
 ABI = 1  # raised when a signature below changes
 
@@ -26,9 +29,52 @@ class RunSpec:
     head_bias: bool = False
 
 
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """Gradients in the dtype of what they belong to; None where not wanted."""
+
+    hidden: Tensor | None  # [T, D]
+    weight: Tensor | None  # [V, D]
+    bias: Tensor | None  # [V]
+
+
+class LossResult(NamedTuple):
+    """Loss, gradients and figures of one batch; see CompactOutput for the figures' meaning.
+
+    Figures are float32, or float64 when `hidden` is. No tensor shares memory with an argument.
+    """
+
+    loss: Tensor
+    loss_sft: Tensor
+    loss_consistency: Tensor
+    gradients: Gradients
+    weights: Tensor  # [S]
+    nll: Tensor  # [S]
+    mi: Tensor  # [S]
+    consensus: Tensor  # [S]
+    score: Tensor  # [S]
+    token_logp: Tensor  # [T]
+    consistency: Tensor  # [Q]
+    filtered: Tensor  # [S] bool
+    nonfinite: Tensor  # [S] bool
+    skipped: Tensor  # [Q] bool
+    token_entropy: Tensor | None  # [T]; if statistics were asked for
+    token_correct: Tensor | None  # [T] bool; if statistics were asked for
+
+
 @runtime_checkable
 class CompactBackend(Protocol):
-    """The operations behind `compact_fast.compact_loss` and `compact_fast.token_logp`."""
+    """The operations behind `compact_fast.compact_loss` and `compact_fast.token_logp`.
+
+    Arguments have been checked for shape, dtype and device, and autocast is off.
+    """
 
     @property
     def name(self) -> str: ...
@@ -40,25 +86,41 @@ class CompactBackend(Protocol):
         """True, or the reason why not in one sentence."""
         ...
 
-    def compact_loss(
+    def score_and_loss(
         self,
-        hidden: Tensor,
-        lm_head_weight: Tensor,
+        hidden: Tensor,  # [T, D]
+        weight: Tensor,  # [V, D]
+        bias: Tensor | None,  # [V]
         layout: TokenLayout,
-        *,
-        consensus: Tensor | None,
-        attention: Tensor | None,
+        consensus: Tensor | None,  # [S]
+        attention: Tensor | None,  # [S]
         config: CompactConfig,
         normalizer: float | None,
-        head_bias: Tensor | None,
+        needs: Needs,
         statistics: bool,
-    ) -> CompactOutput: ...
+    ) -> LossResult:
+        """Scores, weights, loss and the gradients of the loss, in one pass."""
+        ...
 
     def token_logp(
         self,
-        hidden: Tensor,
-        lm_head_weight: Tensor,
-        targets: Tensor,
-        *,
-        head_bias: Tensor | None,
-    ) -> Tensor: ...
+        hidden: Tensor,  # [T, D]
+        weight: Tensor,  # [V, D]
+        bias: Tensor | None,  # [V]
+        targets: Tensor,  # [T]
+        statistics: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(log-likelihood, entropy, correct) [T] each; the last two if statistics are wanted."""
+        ...
+
+    def token_logp_gradients(
+        self,
+        grad_logp: Tensor,  # [T]
+        hidden: Tensor,  # [T, D]
+        weight: Tensor,  # [V, D]
+        bias: Tensor | None,  # [V]
+        targets: Tensor,  # [T]
+        needs: Needs,
+    ) -> Gradients:
+        """Gradients of sum_t grad_logp_t logp_t."""
+        ...

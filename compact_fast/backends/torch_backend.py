@@ -14,19 +14,16 @@ is held if it fits `hold_bytes`, else passed over twice, first for its scores.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from compact_fast.backends.consistency import add_consistency
 from compact_fast.backends.head import Head, Statistics, subtract_targets
-from compact_fast.backends.protocol import ABI, RunSpec
+from compact_fast.backends.protocol import ABI, Gradients, LossResult, Needs, RunSpec
 from compact_fast.config import CompactConfig
-from compact_fast.inputs import check_head, check_ids, check_loss_inputs
 from compact_fast.layout import TokenLayout
-from compact_fast.output import CompactOutput
 from compact_fast.reference import mean_gold
 from compact_fast.scores import (
     TeacherWeights,
@@ -54,49 +51,78 @@ class TorchBackend:
         """Always: it is the backend that others fall back to."""
         return True
 
-    def compact_loss(
+    def score_and_loss(
         self,
         hidden: Tensor,
-        lm_head_weight: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
         layout: TokenLayout,
-        *,
         consensus: Tensor | None,
         attention: Tensor | None,
         config: CompactConfig,
         normalizer: float | None,
-        head_bias: Tensor | None,
+        needs: Needs,
         statistics: bool,
-    ) -> CompactOutput:
-        """See `compact_fast.compact_loss`."""
-        check_loss_inputs(hidden, lm_head_weight, layout, consensus, attention, config, head_bias)
+    ) -> LossResult:
+        """See CompactBackend."""
         work = _Pass(self, layout, consensus, attention, config, normalizer, statistics)
-        loss = _FusedLoss.apply(hidden, lm_head_weight, head_bias, work)  # type: ignore[no-untyped-call]
-        return CompactOutput(loss=loss, **work.results)
+        return work.run(hidden, weight, bias, needs)
 
     def token_logp(
         self,
         hidden: Tensor,
-        lm_head_weight: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
         targets: Tensor,
-        *,
-        head_bias: Tensor | None,
-    ) -> Tensor:
-        """See `compact_fast.token_logp`."""
-        check_head(hidden, lm_head_weight, head_bias)
-        check_ids("targets", targets, lm_head_weight.shape[0])
-        out: Tensor = _TokenLogp.apply(  # type: ignore[no-untyped-call]
-            hidden, lm_head_weight, head_bias, targets, self.chunk_bytes
-        )
-        return out
+        statistics: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """See CompactBackend."""
+        head = Head(weight, bias, self.chunk_bytes)
+        stats = Statistics.empty(targets.numel(), head.dtype, targets.device, statistics)
+        for rows in torch.split((targets >= 0).nonzero().squeeze(1), head.max_rows):
+            stats.measure(head.logits(hidden[rows]), rows, targets[rows])
+        return stats.logp, stats.entropy, stats.correct
+
+    def token_logp_gradients(
+        self,
+        grad_logp: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        needs: Needs,
+    ) -> Gradients:
+        """See CompactBackend; logits are made again."""
+        head = Head(weight, bias, self.chunk_bytes)
+        grads = _GradientSums.zeros(hidden, weight, bias, needs, head.dtype)
+        stats = Statistics.empty(targets.numel(), head.dtype, targets.device, full=False)
+        wanted = (targets >= 0) & (grad_logp != 0)
+        for rows in torch.split(wanted.nonzero().squeeze(1), head.max_rows):
+            x, y = hidden[rows], targets[rows]
+            exps = head.logits(x)
+            totals = stats.measure(exps, rows, y)
+            subtract_targets(exps, totals, y)
+            grads.add(head, rows, x, exps, -grad_logp[rows] / totals)
+        return grads.finish(1.0, hidden, weight, bias)
 
 
 @dataclass
-class _Gradients:
-    """Gradients of the sum over questions, before the normalizer. None: not needed."""
+class _GradientSums:
+    """Gradients of the sum over questions, in the statistics' dtype. None: not needed."""
 
     hidden: Tensor | None  # [T, D]
     weight: Tensor | None  # [V, D]
     bias: Tensor | None  # [V]
+
+    @classmethod
+    def zeros(
+        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs, dtype: torch.dtype
+    ) -> _GradientSums:
+        return cls(
+            torch.zeros_like(hidden, dtype=dtype) if needs.hidden else None,
+            torch.zeros_like(weight, dtype=dtype) if needs.weight else None,
+            torch.zeros_like(bias, dtype=dtype) if needs.bias and bias is not None else None,
+        )
 
     @property
     def head(self) -> bool:
@@ -111,8 +137,17 @@ class _Gradients:
         if self.bias is not None:
             self.bias.addmv_(g.T, scale)
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.hidden, self.weight, self.bias
+    def finish(
+        self, normalizer: float, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Gradients:
+        """Divided by the normalizer, in the dtype of what they belong to."""
+        sums, owners = (self.hidden, self.weight, self.bias), (hidden, weight, bias)
+        return Gradients(
+            *(
+                None if g is None or owner is None else g.div_(normalizer).to(owner.dtype)
+                for g, owner in zip(sums, owners, strict=True)
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -135,19 +170,11 @@ class _Pass:
     config: CompactConfig
     normalizer: float | None
     want_statistics: bool
-    results: dict[str, Any] = field(default_factory=dict)
 
-    def run(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]
-    ) -> tuple[Tensor, _Gradients]:
-        """The loss, and the gradients that are needed (hidden, weight, bias)."""
+    def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> LossResult:
         layout, config = self.layout, self.config
         head = Head(weight, bias, self.backend.chunk_bytes)
-        grads = _Gradients(
-            torch.zeros_like(hidden, dtype=head.dtype) if needs[0] else None,
-            torch.zeros_like(weight, dtype=head.dtype) if needs[1] else None,
-            weight.new_zeros(head.vocab, dtype=head.dtype) if needs[2] else None,
-        )
+        grads = _GradientSums.zeros(hidden, weight, bias, needs, head.dtype)
         stats = Statistics.empty(layout.num_tokens, head.dtype, layout.device, self.want_statistics)
         gold_logit = self._gold_logit(hidden, weight, head.dtype)
         scored = [
@@ -158,8 +185,30 @@ class _Pass:
         nll = torch.cat([part[1] for part in scored])
         shares = _join([part[2] for part in scored])
         divergence = add_consistency(head, hidden, layout, shares.weights, config, grads.add)
-        loss = self._finish(mi, nll, shares, stats, divergence, grads)
-        return loss, grads
+        alpha = shares.weights
+        normalizer = self.normalizer
+        if normalizer is None:
+            normalizer = max(1, int((~shares.skipped).sum()))
+        sft = torch.where(alpha > 0, alpha * nll, 0.0).double().sum() / normalizer
+        pull = config.consistency_weight * divergence.double().sum() / normalizer
+        return LossResult(
+            loss=(sft + pull).to(nll.dtype),
+            loss_sft=sft.to(nll.dtype, copy=True),
+            loss_consistency=pull.to(nll.dtype, copy=True),
+            gradients=grads.finish(normalizer, hidden, weight, bias),
+            weights=alpha,
+            nll=nll,
+            mi=mi,
+            consensus=shares.consensus,
+            score=shares.score,
+            token_logp=stats.logp,
+            consistency=divergence,
+            filtered=shares.filtered,
+            nonfinite=shares.nonfinite,
+            skipped=shares.skipped,
+            token_entropy=stats.entropy,
+            token_correct=stats.correct,
+        )
 
     def _run_group(
         self,
@@ -168,7 +217,7 @@ class _Pass:
         hidden: Tensor,
         stats: Statistics,
         gold_logit: Tensor | None,
-        grads: _Gradients,
+        grads: _GradientSums,
     ) -> tuple[Tensor, Tensor, TeacherWeights]:
         """Scores of a group's sequences; its share of statistics and gradients is added."""
         targets = self.layout.targets
@@ -217,7 +266,7 @@ class _Pass:
         group: _Group,
         head: Head,
         hidden: Tensor,
-        grads: _Gradients,
+        grads: _GradientSums,
     ) -> None:
         """Add the gradients of rows whose exps and totals are at hand; weight 0 is left out."""
         subtract_targets(exps, totals, self.layout.targets[rows])
@@ -305,114 +354,6 @@ class _Pass:
             correct=cut["correct"],
         )
         return mi, nll, shares
-
-    def _finish(
-        self,
-        mi: Tensor,
-        nll: Tensor,
-        shares: TeacherWeights,
-        stats: Statistics,
-        divergence: Tensor,
-        grads: _Gradients,
-    ) -> Tensor:
-        alpha = shares.weights
-        normalizer = self.normalizer
-        if normalizer is None:
-            normalizer = max(1, int((~shares.skipped).sum()))
-        sft = torch.where(alpha > 0, alpha * nll, 0.0).double().sum() / normalizer
-        pull = self.config.consistency_weight * divergence.double().sum() / normalizer
-        for tensor in grads.tensors():
-            if tensor is not None:
-                tensor.div_(normalizer)
-        self.results = {
-            "loss_sft": sft.to(nll.dtype),
-            "loss_consistency": pull.to(nll.dtype),
-            "weights": alpha,
-            "nll": nll,
-            "mi": mi,
-            "consensus": shares.consensus,
-            "score": shares.score,
-            "token_logp": stats.logp,
-            "consistency": divergence,
-            "filtered": shares.filtered,
-            "nonfinite": shares.nonfinite,
-            "skipped": shares.skipped,
-            "token_entropy": stats.entropy,
-            "token_correct": stats.correct,
-        }
-        return (sft + pull).to(nll.dtype)
-
-
-class _FusedLoss(torch.autograd.Function):
-    """Hands autograd the gradients that the forward pass has made."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Pass
-    ) -> Tensor:
-        needs = tuple(ctx.needs_input_grad[:3])
-        loss, grads = work.run(hidden, weight, bias, needs)
-        ctx.grads = grads
-        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.grads is None:
-            raise RuntimeError(
-                "compact_loss: backward ran twice; its gradients are made once, in the forward "
-                "pass. Call compact_loss again for a second backward"
-            )
-        # scaled in place: a second [V, D] gradient would double the memory
-        grads, ctx.grads = ctx.grads.tensors(), None
-        out = [
-            None if g is None else g.mul_(grad_loss).to(dtype)
-            for g, dtype in zip(grads, ctx.dtypes, strict=True)
-        ]
-        return *out, None
-
-
-class _TokenLogp(torch.autograd.Function):
-    """Log-likelihoods without [T, V]; logits are made again in backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        chunk_bytes: int,
-    ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.chunk_bytes = chunk_bytes
-        head = Head(weight, bias, chunk_bytes)
-        stats = Statistics.empty(targets.numel(), head.dtype, targets.device, full=False)
-        for rows in torch.split((targets >= 0).nonzero().squeeze(1), head.max_rows):
-            stats.measure(head.logits(hidden[rows]), rows, targets[rows])
-        return stats.logp
-
-    @staticmethod
-    def backward(ctx: Any, grad_logp: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        head = Head(weight, bias, ctx.chunk_bytes)
-        grads = _Gradients(
-            torch.zeros_like(hidden, dtype=head.dtype) if needs[0] else None,
-            torch.zeros_like(weight, dtype=head.dtype) if needs[1] else None,
-            weight.new_zeros(head.vocab, dtype=head.dtype) if needs[2] else None,
-        )
-        stats = Statistics.empty(targets.numel(), head.dtype, targets.device, full=False)
-        wanted = (targets >= 0) & (grad_logp != 0)
-        for rows in torch.split(wanted.nonzero().squeeze(1), head.max_rows):
-            x, y = hidden[rows], targets[rows]
-            exps = head.logits(x)
-            totals = stats.measure(exps, rows, y)
-            subtract_targets(exps, totals, y)
-            grads.add(head, rows, x, exps, -grad_logp[rows] / totals)
-        dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
-        out = [None if g is None else g.to(d) for g, d in zip(grads.tensors(), dtypes, strict=True)]
-        return *out, None, None
 
 
 def _runs(keep: Tensor) -> list[tuple[int, int]]:
