@@ -56,11 +56,14 @@ def answers_equal(a: str | None, b: str | None, choices: Sequence[str] | None = 
 
 def find_answer(text: str, choices: Sequence[str] | None = None) -> Found | None:
     """The final answer with its place: the last explicit statement, else what the text ends in."""
+    credited = _credited_option(text, choices) if choices else None
     for start, end in _statements(text):
+        if credited and credited.start > start:
+            break
         found = _stated(text, start, end, choices)
         if found:
             return found
-    return _ending(text, choices)
+    return credited or _ending(text, choices)
 
 
 def find_span(text: str, gold: str, choices: Sequence[str] | None = None) -> tuple[int, int] | None:
@@ -86,6 +89,9 @@ def find_span(text: str, gold: str, choices: Sequence[str] | None = None) -> tup
     return None
 
 
+# More statements than this are not read: each costs a pass over the text behind it.
+MAX_STATEMENTS = 16
+
 # ---- statements ------------------------------------------------------------------------------
 
 _LINK = r"(?:is|are|was|be|equals|[:=]|=>|->|→)"
@@ -95,7 +101,7 @@ _MARKER = re.compile(
     | \\(?:boxed|fbox)\s*(?=\{{)
     | \b(?:answer|option|choice|result|solution)\b
       (?:\s+(?:choice|option|here|value|(?:to|for|of)\s[^.\n]{{1,80}}?))?
-      [\s*_]* (?:(?:would|must|should|will|can\s+only)\s+|therefore\s+|thus\s+|hence\s+)* {_LINK}
+      [\s*_]{{0,9}} (?:(?:would|must|should|will|can\s+only)\s+|therefore\s+|thus\s+|hence\s+)* {_LINK}
       (?!\s*n[o']t\b) [\s*_:]*
     | \*\*\s*(?:final\s+)?answer\s*\*\*
     """,
@@ -107,7 +113,7 @@ _SENTENCE_END = re.compile(r"[.!?][)\]\"'”*$]*(?=\s|$)|\n+")
 
 def _statements(text: str) -> Iterator[tuple[int, int]]:
     """Ranges of text right behind "the answer is", "####" or a box; the last one first."""
-    for marker in reversed(list(_MARKER.finditer(text))):
+    for marker in reversed(list(_MARKER.finditer(text))[-MAX_STATEMENTS:]):
         start = marker.end()
         if "boxed" in marker[0] or "fbox" in marker[0]:
             yield start + 1, _closing_brace(text, start)
@@ -168,6 +174,14 @@ def _stated_number(text: str, start: int, end: int) -> Numeral | None:
     return first
 
 
+_REFUSAL = re.compile(
+    r"\b(?:cannot|can't|can not|could not|couldn't|impossible|unknown|unclear|undetermined|"
+    r"undefined|indeterminate|not\s+(?:given|known|clear|possible|enough|provided|stated)|"
+    r"insufficient|none of)\b",
+    re.IGNORECASE,
+)
+
+
 def _stated_words(text: str, start: int, end: int) -> Found | None:
     edge = string.whitespace + "*_$\"'“”.:,;!?"
     while start < end and text[start] in edge:
@@ -175,7 +189,7 @@ def _stated_words(text: str, start: int, end: int) -> Found | None:
     while end > start and text[end - 1] in edge:
         end -= 1
     words = text[start:end]
-    if not words or len(words.split()) > 10:
+    if not words or len(words.split()) > 10 or _REFUSAL.search(words):
         return None
     return Found(words, start, end, explicit=True)
 
@@ -203,9 +217,9 @@ def _ending(text: str, choices: Sequence[str] | None) -> Found | None:
     truth = truth or re.search(r"\b(yes|no|true|false)\W*$", text, re.IGNORECASE)
     if truth:
         return Found(truth[1].capitalize(), truth.start(1), truth.end(1), explicit=False)
-    worded = [n for n in number_words(text, start, end) if not text[n.end : end].strip(" .!*\n")]
-    if worded:
-        return Found(str(worded[-1]), worded[-1].start, worded[-1].end, explicit=False)
+    *_, worded = [None, *number_words(text, start, end)]
+    if worded and not text[worded.end : end].strip(" .!*\n"):
+        return Found(str(worded), worded.start, worded.end, explicit=False)
     bold = re.findall(r"\*\*[^*\n]+\*\*", text[start:end])
     if len(bold) == 1:  # the one thing the last sentence stresses
         at = text.find(bold[0], start)
@@ -215,7 +229,7 @@ def _ending(text: str, choices: Sequence[str] | None) -> Found | None:
     return Found(str(number), number.start, number.end, explicit=False) if number else None
 
 
-_CONCLUSION = re.compile(r"\W*(?:therefore|thus|so|hence|in total|in conclusion|finally)\b", re.I)
+_CONCLUSION = re.compile(r"\b(?:therefore|thus|so|hence|in conclusion|finally)\b", re.IGNORECASE)
 
 
 def _concluded_number(text: str, sentences: Sequence[tuple[int, int]]) -> Numeral | None:
@@ -225,8 +239,10 @@ def _concluded_number(text: str, sentences: Sequence[tuple[int, int]]) -> Numera
     if not figures:
         return None
     start = sentences[-1][0]
-    concluded = [n for n in figures if n.start >= start]
-    concludes = bool(_CONCLUSION.match(text, start)) or len(sentences) == 1
+    *_, conclusion = [None, *_CONCLUSION.finditer(text, start)]
+    concludes = conclusion is not None or len(sentences) == 1
+    since = conclusion.end() if conclusion else start
+    concluded = [n for n in figures if n.start >= since] or [n for n in figures if n.start >= start]
     equals = text.rfind("=")
     result = next((n for n in figures if n.start > equals), None) if equals >= 0 else None
     if result:
@@ -321,6 +337,27 @@ def _stated_option(text: str, start: int, end: int, choices: Sequence[str]) -> P
         group = 1 if inner[1] else 2
         return ord(inner[group].upper()) - ord("A"), inner.start(group), inner.end(group)
     return None
+
+
+def _credited_option(text: str, choices: Sequence[str]) -> Found | None:
+    """The last "option B is correct", "(B) is the answer"."""
+    if truth_options(choices):
+        return None
+    last = string.ascii_uppercase[len(choices) - 1]
+    credited = list(
+        re.finditer(
+            rf"(?:\b(?:option|choice)\s+\(?([A-{last}])\)?|\(([A-{last}])\))(?:\s+[^.\n]{{0,60}}?)?"
+            rf"\s+is\s+(?:the\s+)?(?:only\s+)?(?:correct|right|best|answer)\b",
+            text,
+            re.IGNORECASE,
+        )
+    )
+    if not credited:
+        return None
+    match = credited[-1]
+    group = match.lastindex or 0
+    name = _option_name(ord(match[group].upper()) - ord("A"), choices)
+    return Found(name, match.start(group), match.end(group), explicit=True)
 
 
 def _option_mention(text: str, start: int, end: int, choices: Sequence[str]) -> Place | None:

@@ -9,6 +9,7 @@ from fractions import Fraction
 
 # Beyond this many digits a figure is no quantity; it also bounds the cost of exact arithmetic.
 MAX_DIGITS = 60
+MAX_WORDS = 20
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ _PATTERN = re.compile(
     (?P<currency> \\?[$€£¥]\s? )?
     (?P<sign2> (?<=[$€£¥])[-−–] )?
     (?:
-        (?P<whole> \d+ )? \s* \\[dt]?frac \s*
+        (?: (?P<whole> \d+ ) \s* )? \\[dt]?frac \s*
             (?: \{{ (?P<fn>[-−]?\d+) \}} | (?P<fn1>\d) ) \s* (?: \{{ (?P<fd>\d+) \}} | (?P<fd1>\d) )
       | (?P<mixed> \d+ ) (?:\s+|-|\s+and\s+) (?P<mn> \d+ ) / (?P<md> \d+ ) (?![\d/])
       | (?P<number> {_DECIMAL} )
@@ -140,8 +141,11 @@ _WORD_PATTERN = re.compile(
 def number_words(text: str, start: int = 0, end: int | None = None) -> Iterator[Numeral]:
     """Numbers written as words, such as "twelve" or "one hundred and five", left to right."""
     for match in _WORD_PATTERN.finditer(text, start, len(text) if end is None else end):
+        words = re.split(r"[\s-]+", match["words"].lower())
+        if len(words) > MAX_WORDS:
+            continue
         total = group = 0
-        for word in re.split(r"[\s-]+", match["words"].lower()):
+        for word in words:
             if word in _WORDS:
                 group += _WORDS[word]
             elif word == "hundred":
