@@ -292,6 +292,23 @@ class CheckpointedTrainer(Trainer):
         self._on_main(lambda: verify_checkpoint(best))
         super()._load_best_model()
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # The host only warns, and would train on from whatever the student holds instead. A tied
+        # weight is stored once and so "missing" under its other name.
+        assert self.model is not None
+        weights = self.model.state_dict()
+        missing = set(load_result.missing_keys)
+        loaded = {value.data_ptr() for name, value in weights.items() if name not in missing}
+        missing = {name for name in missing if weights[name].data_ptr() not in loaded}
+        strange = [*sorted(missing), *load_result.unexpected_keys]
+        if strange:
+            raise ValueError(
+                f"the checkpoint is of another student: {len(missing)} weights of this one are "
+                f"not in it, {len(load_result.unexpected_keys)} in it are not of this one, first "
+                f"{strange[0]!r}; resume with the student it was made with, or choose another "
+                "output_dir"
+            )
+
     @property
     def _run_dir(self) -> Path:
         return Path(str(self.args.output_dir))

@@ -211,6 +211,15 @@ def test_wishes_that_cannot_be_met_are_errors(finished: Path, tmp_path: Path) ->
         make_trainer(tmp_path / "new", save_on_each_node=True).train()
 
 
+def test_checkpoint_of_another_student_is_refused(finished: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    trainer = make_trainer(run_dir, max_steps=12)
+    trainer.model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"another student: 2 weights .* first 'extra\.bias'"):
+        trainer.train("auto")
+
+
 def test_weights_only_checkpoints_say_that_they_cannot_be_resumed(tmp_path: Path) -> None:
     make_trainer(tmp_path, max_steps=2, save_only_model=True).train()
     assert verify_checkpoint(tmp_path / "checkpoint-2")["resumable"] is False
