@@ -144,7 +144,13 @@ def _load_full(spec: str, dtype: torch.dtype) -> tuple[Any, Any]:
 def _load_gguf(path: Path, spec: str, dtype: torch.dtype) -> tuple[Any, Any]:
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(f"student={spec!r}: reading GGUF needs the package gguf: pip install gguf")
-    return _from_pretrained(str(path.parent), spec, dtype, gguf_file=path.name)
+    model, tokenizer = _from_pretrained(str(path.parent), spec, dtype, gguf_file=path.name)
+    # transformers has made plain weights of the file's, yet calls the model quantised, which bars
+    # training and saving it.
+    model.is_quantized, model.hf_quantizer = False, None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model, tokenizer
 
 
 def _package_gguf(spec: str) -> Path:
@@ -288,7 +294,7 @@ def unwrap(model: Any) -> Any:
 def causal_model(model: Any) -> Any:
     """The transformers model itself; its layers hold the adapters that peft injected."""
     model = unwrap(model)
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def body_and_head(model: Any) -> BodyAndHead:

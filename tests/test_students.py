@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from compact_fast.students import (
+    LoraSettings,
+    add_lora,
+    attention_projections,
+    body_and_head,
+    causal_model,
+    check_head,
+    inference,
+    load_student,
+    prepare_checkpointing,
+    resolve_dtype,
+)
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "gemma": (GemmaConfig, GemmaForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
+}
+IDS = torch.tensor([[3, 9, 4, 7], [5, 1, 8, 6]])
+
+
+def make(family: str, **changes: Any) -> Any:
+    config, model = FAMILIES[family]
+    torch.manual_seed(0)
+    return model(config(**{**SIZES, **changes})).eval()
+
+
+def make_gpt2() -> Any:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=4)).eval()
+
+
+# ---- body and head ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_times_head_is_logits(family: str, tied: bool) -> None:
+    model = make(family, tie_word_embeddings=tied)
+    parts = body_and_head(model)
+    logits = model(input_ids=IDS).logits
+    assert torch.equal(parts.body(IDS) @ parts.weight.T, logits)
+    assert parts.bias is None
+    assert parts.trainable
+    assert (parts.weight is model.get_input_embeddings().weight) is tied
+
+
+def test_through_an_adapter_the_adapter_counts_and_the_head_is_frozen() -> None:
+    model = add_lora(make("llama"), LoraSettings(r=2))
+    parts = body_and_head(model)
+    before = parts.body(IDS)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(p)
+    model.eval()
+    assert not torch.allclose(parts.body(IDS), before)
+    assert torch.allclose(parts.body(IDS) @ parts.weight.T, model(input_ids=IDS).logits)
+    assert not parts.trainable
+
+
+def test_a_head_trained_beside_an_adapter_is_the_copy_that_trains() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        make("llama", tie_word_embeddings=False),
+        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    )
+    parts = body_and_head(model)
+    assert parts.trainable
+    with torch.no_grad():
+        parts.weight.add_(1.0)
+    model.eval()
+    assert torch.allclose(parts.body(IDS) @ parts.weight.T, model(input_ids=IDS).logits)
+
+
+def test_a_head_with_bias() -> None:
+    model = make("llama", tie_word_embeddings=False)
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(40))
+    parts = body_and_head(model)
+    check_head(model)
+    torch.testing.assert_close(
+        parts.body(IDS) @ parts.weight.T + parts.bias, model(input_ids=IDS).logits
+    )
+
+
+@pytest.mark.parametrize(
+    ("make_model", "message"),
+    [
+        (
+            lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=30.0)),
+            r"Gemma2ForCausalLM: final_logit_softcapping=30.0",
+        ),
+        (lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)), "logit_scale=0.25"),
+        (
+            lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)),
+            "logits_scaling=8.0",
+        ),
+        (lambda: make("llama").model, "LlamaModel is not a causal language model"),
+    ],
+)
+def test_logits_that_are_changed_after_the_head_are_refused(make_model: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        body_and_head(make_model())
+
+
+def test_neutral_settings_are_not_refused() -> None:
+    check_head(Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=None)))
+    check_head(GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=1.0)))
+
+
+def test_an_adapter_on_the_head_is_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        make("llama", tie_word_embeddings=False), LoraConfig(r=2, target_modules=["lm_head"])
+    )
+    with pytest.raises(ValueError, match=r"adapter on the head \(lm_head\)"):
+        body_and_head(model)
+    with pytest.raises(ValueError, match="lora_targets: lm_head"):
+        add_lora(make("llama"), LoraSettings(targets=("lm_head", "q_proj")))
+
+
+def test_a_model_that_changes_its_logits_in_an_unknown_way_is_found_out() -> None:
+    class Doubling(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * 1.01
+            return out
+
+    with pytest.raises(ValueError, match="not hidden states times the head"):
+        check_head(Doubling(LlamaConfig(**SIZES)))
+
+
+def test_checking_the_head_leaves_modes_and_random_numbers_alone() -> None:
+    model = make("llama", attention_dropout=0.5)
+    model.train()
+    model.model.layers[0].eval()
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    check_head(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert not model.model.layers[0].training
+
+
+# ---- attention projections -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_projections_are_those_of_the_last_layer(family: str) -> None:
+    model = make(family)
+    maps = attention_projections(model)
+    assert (maps.num_heads, maps.num_kv_heads, maps.head_dim) == (4, 2, 4)
+    x = torch.randn(3, 16)
+    attention = model.model.layers[-1].self_attn
+    if family == "phi3":
+        both = attention.qkv_proj(x)
+        queries, keys = both[:, :16], both[:, 16:24]
+    else:
+        queries, keys = attention.q_proj(x), attention.k_proj(x)
+    assert torch.equal(maps.queries(x), queries)
+    assert torch.equal(maps.keys(x), keys)
+
+
+def test_projections_include_the_adapter_but_not_its_dropout() -> None:
+    model = add_lora(make("qwen2"), LoraSettings(r=2, dropout=0.5))
+    q = causal_model(model).model.layers[-1].self_attn.q_proj
+    torch.nn.init.ones_(q.lora_B["default"].weight)
+    x = torch.randn(3, 16)
+    model.train()
+    found = attention_projections(model).queries(x)
+    assert q.training
+    q.eval()
+    assert torch.equal(found, q(x))
+    assert not torch.equal(found, q.base_layer(x))
+
+
+def test_a_student_without_projections_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel: no q_proj"):
+        attention_projections(make_gpt2())
+    check_head(make_gpt2())
+
+
+# ---- adapters --------------------------------------------------------------------------------
+
+
+def test_only_targets_that_exist_are_taken() -> None:
+    phi = add_lora(make("phi3"), LoraSettings(r=2))
+    assert phi.peft_config["default"].target_modules == {"o_proj", "down_proj"}
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel has none of them.*c_attn, c_fc, c_proj"):
+        add_lora(make_gpt2(), LoraSettings())
+
+
+def test_the_adapter_starts_from_its_seed_alone() -> None:
+    def start(noise: int, seed: int) -> torch.Tensor:
+        model = make("llama")
+        torch.manual_seed(noise)
+        model = add_lora(model, LoraSettings(r=2), seed=seed)
+        found = [p for n, p in model.named_parameters() if "lora_A" in n]
+        return torch.cat([p.flatten() for p in found])
+
+    assert torch.equal(start(1, 0), start(2, 0))
+    assert not torch.equal(start(1, 0), start(1, 7))
+
+
+def test_checkpointed_adapters_get_the_same_gradients() -> None:
+    def gradients(checkpointing: bool) -> list[torch.Tensor]:
+        model = add_lora(make("llama"), LoraSettings(r=2, dropout=0.0))
+        if checkpointing:
+            prepare_checkpointing(model)
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.train()
+        body_and_head(model).body(IDS).square().sum().backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert any(g.abs().sum() > 0 for g in plain)
+    for a, b in zip(plain, checkpointed, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ---- loading ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path / "student"
+    make("llama").save_pretrained(path)
+    words = {f"w{i}": i for i in range(40)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0"))
+    )
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_a_folder_and_its_adapter_come_back_the_same(folder: Path, tmp_path: Path) -> None:
+    student = load_student(str(folder), dtype="fp32", lora=LoraSettings(r=2))
+    assert student.description.startswith(f"{folder}: LlamaForCausalLM")
+    for name, p in student.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    adapter = tmp_path / "adapter"
+    student.model.save_pretrained(adapter)
+    again = load_student(str(adapter), dtype="fp32")
+    with inference(student.model), inference(again.model):
+        assert torch.equal(student.model(IDS).logits, again.model(IDS).logits)
+    assert not body_and_head(again.model).trainable
+    assert not any(p.requires_grad for p in again.model.parameters())
+    trained_on = load_student(str(adapter), dtype="fp32", lora=LoraSettings())
+    names = [n for n, p in trained_on.model.named_parameters() if p.requires_grad]
+    assert names
+    assert all("lora_" in n for n in names)
+
+
+def test_dtypes(folder: Path) -> None:
+    assert load_student(str(folder), dtype="bf16").model.dtype == torch.bfloat16
+    assert load_student(str(folder), dtype="fp32").model.dtype == torch.float32
+    if not torch.cuda.is_available():
+        assert resolve_dtype("auto") == torch.float32
+    with pytest.raises(ValueError, match="student_dtype='fp8'"):
+        load_student(str(folder), dtype="fp8")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("package:no_such_package_at_all", r"not installed \(pip install no-such-package-at-all\)"),
+        ("package:transformers", r"expected one .gguf file in the package, found none"),
+        ("nowhere/model.gguf", "no such file"),
+        ("too/many/parts", "no such folder here, and no such model on the hub"),
+        (__file__, "a file, but not a .gguf"),
+        (str(Path(__file__).parent), "neither config.json nor an adapter"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        load_student(spec)
+    assert repr(spec) in str(caught.value)
+
+
+def test_an_unreachable_hub_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub, "model_info", unreachable)
+    with pytest.raises(ValueError, match=r"student='nobody/nothing'.*the hub cannot be reached"):
+        load_student("nobody/nothing")
+
+
+def test_a_damaged_model_is_said(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "no-such-type"}')
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*no-such-type"):
+        load_student(str(folder))
