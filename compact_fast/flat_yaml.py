@@ -227,6 +227,12 @@ def describe(hint: Any) -> str:
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """ "; did you mean NAME?" for the closest of the names, or nothing."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    """ "; did you mean NAME?" for the closest of the names, or nothing.
+
+    Close is what differs by a few letters, else the shortest that contains the name.
+    """
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if not close and len(name) > 2:
+        close = sorted((n for n in names if name in n), key=len)
     return f"; did you mean {close[0]}?" if close else ""

@@ -43,7 +43,7 @@ def run(arguments: Arguments) -> int:
         ["loss", size(f.loss_bytes)],
         ["memory at the peak, about", size(f.peak_bytes)],
     ]
-    say(indent(table(["", ""], rows)).lstrip("\n"))
+    say(indent(table(rows[0], rows[1:])))
     return 0
 
 

@@ -36,7 +36,7 @@ def quieten(debug: bool) -> None:
     logger = logging.getLogger("compact_fast")
     if not any(isinstance(h, _OneLine) for h in logger.handlers):
         logger.addHandler(_OneLine())
-    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    logger.setLevel(logging.DEBUG if debug else logging.WARNING)
     logger.propagate = False
     if debug:
         return
@@ -46,6 +46,8 @@ def quieten(debug: bool) -> None:
         ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
         ("TOKENIZERS_PARALLELISM", "true"),
+        # elsewhere a bar is a heap of half lines; on a terminal it belongs to a slow step
+        *(() if sys.stderr.isatty() else (("TQDM_DISABLE", "1"),)),
     ):
         os.environ.setdefault(name, value)
     for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compact_fast._version import __version__
 from compact_fast.atomic import atomic_file
 from compact_fast.data.records import Question
 
@@ -77,8 +76,21 @@ def _compute(
 
 
 def _digest(texts: list[str], answers: list[str | None], sizes: list[int]) -> str:
-    content = json.dumps([__version__, sizes, texts, answers], ensure_ascii=False)
-    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:40]
+    digest = hashlib.sha256(_code())
+    content = json.dumps([sizes, texts, answers], ensure_ascii=False)
+    digest.update(content.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:40]
+
+
+def _code() -> bytes:
+    """A digest of what computes the consensus: other code, other scores."""
+    from compact_fast import graphs
+
+    package = Path(str(graphs.__file__)).parent
+    digest = hashlib.sha256()
+    for path in [*sorted(package.glob("*.py")), *sorted(package.parent.glob("_native*"))]:
+        digest.update(path.read_bytes())
+    return digest.digest()
 
 
 def _store(path: Path, agreement: Agreement) -> None:

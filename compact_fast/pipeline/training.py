@@ -28,6 +28,7 @@ from compact_fast.pipeline.inputs import Inputs, Say, tokenize_options
 from compact_fast.pipeline.run_folder import read_json
 from compact_fast.report.read import read_run
 from compact_fast.run_config import RunConfig
+from compact_fast.students import causal_model
 from compact_fast.tables import number, percent, table
 from compact_fast.trainer import CompactTrainer, CompactTrainingArguments
 
@@ -202,7 +203,11 @@ def evaluate_student(
 ) -> EvaluationResult:
     """Everything the configuration's evaluation keys ask for, on what is given."""
     e = config.evaluation
+    longest = getattr(causal_model(model).config.get_text_config(), "max_position_embeddings", None)
+    window = min(EvaluationOptions.window, longest or EvaluationOptions.window)
     options = EvaluationOptions(
+        window=window,
+        stride=window // 2,
         generate=e.generate,
         samples=e.samples,
         likelihood=e.likelihood,

@@ -67,6 +67,7 @@ def test_file_and_flags(tmp_path):
         ),
         ("warmup_stps: 3\n", "c.yaml:1: warmup_stps: unknown key; did you mean warmup_steps?"),
         ("zzzzqq: 3\n", "c.yaml:1: zzzzqq: unknown key"),
+        ("epochs: 3\n", "c.yaml:1: epochs: unknown key; did you mean num_train_epochs?"),
         ("max_steps: 1.5\n", "c.yaml:1: max_steps: expected a whole number, got 1.5"),
         ("lora: yes\n", "c.yaml:1: lora: expected true or false, got 'yes'"),
         (
