@@ -16,7 +16,7 @@ using namespace compact;
 
 namespace {
 
-constexpr int kAbi = 1;
+constexpr int kAbi = 2;
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
@@ -69,6 +69,7 @@ Options read_options(const py::dict& d) {
   o.edge_half[kNext] = small("edge_next");
   o.edge_half[kUses] = small("edge_uses");
   o.answer_share = small("answer_share");
+  o.soundness = small("soundness");
   o.dedupe = small("dedupe");
   o.dedupe_min_shingles = small("dedupe_min_shingles");
   o.max_steps = get("max_steps");

@@ -4,6 +4,7 @@
 #include <memory>
 #include <mutex>
 
+#include "numbers.h"
 #include "parallel.h"
 
 namespace compact {
@@ -52,18 +53,45 @@ std::int64_t QuestionScorer::self_match(const StepGraphs& g, std::int64_t a, boo
                     options_.graph.edge_half);
 }
 
-std::int64_t QuestionScorer::agreement(const StepGraphs& g, std::int64_t a, std::int64_t b,
-                                       std::int64_t self_a, std::int64_t self_b, const Embeddings& e) {
-  std::int64_t steps = 0;
-  if (self_a + self_b > 0) {
+QuestionScorer::Pair QuestionScorer::compare(const StepGraphs& g, std::int64_t a, std::int64_t b,
+                                             std::int64_t self_a, std::int64_t self_b,
+                                             const Embeddings& e) {
+  Pair pair{0, 0, 0};
+  if (self_a > 0 && self_b > 0) {
     const std::int64_t value = match(g, a, b, e, nullptr).value;
-    steps = std::min(kUnit, 2 * value * kUnit / (self_a + self_b));
+    pair.agreement = std::min(kUnit, 2 * value * kUnit / (self_a + self_b));
+    pair.a_covers = std::min(kUnit, value * kUnit / self_b);
+    pair.b_covers = std::min(kUnit, value * kUnit / self_a);
   }
   const bool has_a = g.answer_kind[a] != kNoAnswer, has_b = g.answer_kind[b] != kNoAnswer;
   const std::int64_t share = options_.graph.answer_share;
-  if (share == 0 || (!has_a && !has_b)) return steps;
+  if (share == 0 || (!has_a && !has_b)) return pair;
   const std::int64_t same = has_a && has_b && g.answer[a] == g.answer[b] ? kUnit : 0;
-  return ((1024 - share) * steps + share * same) / 1024;
+  for (std::int64_t* part : {&pair.agreement, &pair.a_covers, &pair.b_covers})
+    *part = ((1024 - share) * *part + share * same) / 1024;
+  return pair;
+}
+
+std::int64_t QuestionScorer::soundness(const StepGraphs& g, std::int64_t a) {
+  const std::int64_t a0 = g.cu_nodes[a], a1 = g.cu_nodes[a + 1];
+  const bool has = g.answer_kind[a] != kNoAnswer;
+  const std::int64_t answer = g.answer[a];
+  used_.assign(g.numbers.begin() + g.cu_numbers[a0], g.numbers.begin() + g.cu_numbers[a1]);
+  std::sort(used_.begin(), used_.end());
+  std::int64_t loose = 0;
+  bool derived = has && (answer >= kHuge), found = false;
+  for (std::int64_t i = a0; i < a1; ++i) {
+    if (g.result_kind[i] == kNoResult) continue;
+    const bool is_answer = has && g.result[i] == answer, stated = g.result_kind[i] == kStatedResult;
+    if (is_answer && !found) {
+      found = true;
+      derived = derived || stated;
+    }
+    if (stated && g.operators[i] && !is_answer &&
+        !std::binary_search(used_.begin(), used_.end(), g.result[i]))
+      ++loose;
+  }
+  return ((derived ? kUnit : 0) + kUnit / (1 + loose)) / 2;
 }
 
 // Teachers whose surface texts are near-identical, closed under transitivity. group[k] is the
@@ -106,18 +134,27 @@ std::uint8_t QuestionScorer::question(const StepGraphs& g, std::int64_t g0, std:
                                       std::int32_t* group) {
   const std::int64_t k = g1 - g0;
   selves_.resize(static_cast<std::size_t>(k));
-  for (std::int64_t i = 0; i < k; ++i) selves_[i] = self_match(g, g0 + i, e.rows != nullptr);
+  sound_.resize(static_cast<std::size_t>(k));
+  covers_.assign(static_cast<std::size_t>(k * k), kUnit);
+  for (std::int64_t i = 0; i < k; ++i) {
+    selves_[i] = self_match(g, g0 + i, e.rows != nullptr);
+    sound_[i] = soundness(g, g0 + i);
+  }
   for (std::int64_t i = 0; i < k; ++i) {
     r[i * k + i] = kUnit;
-    for (std::int64_t j = i + 1; j < k; ++j)
-      r[i * k + j] = r[j * k + i] = agreement(g, g0 + i, g0 + j, selves_[i], selves_[j], e);
+    for (std::int64_t j = i + 1; j < k; ++j) {
+      const Pair pair = compare(g, g0 + i, g0 + j, selves_[i], selves_[j], e);
+      r[i * k + j] = r[j * k + i] = pair.agreement;
+      covers_[i * k + j] = pair.a_covers;
+      covers_[j * k + i] = pair.b_covers;
+    }
   }
   surface_groups(g, g0, k, group);
-  return score_agreement(r, k, group, score);
+  return score_groups(r, k, group, score);
 }
 
-std::uint8_t QuestionScorer::score_agreement(const std::int64_t* r, std::int64_t k,
-                                             const std::int32_t* group, double* score) {
+std::uint8_t QuestionScorer::score_groups(const std::int64_t* r, std::int64_t k,
+                                          const std::int32_t* group, double* score) {
   std::int64_t groups = 0;
   for (std::int64_t i = 0; i < k; ++i) groups += group[i] == i;
   if (groups <= 1) {
@@ -128,26 +165,45 @@ std::uint8_t QuestionScorer::score_agreement(const std::int64_t* r, std::int64_t
   weight_.assign(static_cast<std::size_t>(k), 1);
   for (std::int64_t i = 0; i < k; ++i)
     for (std::int64_t j = 0; j < i; ++j)
-      if (group[i] == group[j] && r[i * k + j] == kUnit && weight_[j] &&
-          std::equal(r + i * k, r + (i + 1) * k, r + j * k))
+      if (group[i] == group[j] && r[i * k + j] == kUnit &&
+          std::equal(r + i * k, r + (i + 1) * k, r + j * k) && sound_[i] == sound_[j])
         weight_[i] = 0;
+  // mean over the voting members of group `lead` of what teacher i gets from them
+  auto mean = [&](const std::int64_t* from, std::int64_t i, std::int64_t lead) {
+    std::int64_t sum = 0, members = 0;
+    for (std::int64_t j = 0; j < k; ++j) {
+      if (group[j] != lead || !weight_[j]) continue;
+      sum += from[i * k + j];
+      ++members;
+    }
+    return sum / members;
+  };
+  if (groups == 2) {  // nobody can tell who is right: all the same
+    std::int64_t sum = 0, members = 0;
+    std::int64_t other = 0;
+    while (group[other] == group[0]) ++other;
+    for (std::int64_t i = 0; i < k; ++i) {
+      if (group[i] != group[0] || !weight_[i]) continue;
+      sum += mean(r, i, group[other]);
+      ++members;
+    }
+    std::fill(score, score + k, static_cast<double>(sum / members) / static_cast<double>(kUnit));
+    return kUndecidable;
+  }
+  const std::int64_t share = options_.graph.soundness;
   for (std::int64_t i = 0; i < k; ++i) {
     std::int64_t sum = 0;
     for (std::int64_t lead = 0; lead < k; ++lead) {
       if (group[lead] != lead || group[i] == lead) continue;
-      std::int64_t inside = 0, members = 0;
-      for (std::int64_t j = 0; j < k; ++j) {
-        if (group[j] != lead || !weight_[j]) continue;
-        inside += r[i * k + j];
-        ++members;
-      }
-      inside /= members;
-      if (options_.centrality == Centrality::kCluster && inside < options_.cluster_at) continue;
-      sum += inside;
+      const std::int64_t agrees = mean(r, i, lead);
+      if (options_.centrality == Centrality::kCluster && agrees < options_.cluster_at) continue;
+      sum += options_.centrality == Centrality::kAgreement ? agrees : mean(covers_.data(), i, lead);
     }
-    score[i] = static_cast<double>(sum) / static_cast<double>((groups - 1) * kUnit);
+    const std::int64_t others = groups - 1;
+    score[i] = static_cast<double>((1024 - share) * sum + share * others * sound_[i]) /
+               static_cast<double>(1024 * others * kUnit);
   }
-  return groups == 2 ? kUndecidable : 0;
+  return 0;
 }
 
 void parse_all(const std::vector<std::string_view>& texts, const Options& options, int threads,

@@ -15,12 +15,14 @@ namespace compact {
 
 constexpr std::int64_t kUnit = 1 << 24;  // agreement 1.0
 
-enum class Centrality : std::uint8_t { kMean = 0, kCluster = 1 };
+// What a teacher gets from another: how much of the other's reasoning it covers, how far the two
+// agree, or the first, but only from those it agrees with.
+enum class Centrality : std::uint8_t { kCoverage = 0, kAgreement = 1, kCluster = 2 };
 
 struct ConsensusOptions {
   Options graph;
   Mode mode = Mode::kRelaxed;
-  Centrality centrality = Centrality::kMean;
+  Centrality centrality = Centrality::kCoverage;
   std::int64_t node_budget = 100000;
   // agreement from which two teachers belong to one cluster (units of 1 / kUnit)
   std::int64_t cluster_at = kUnit / 2;
@@ -38,9 +40,10 @@ class QuestionScorer {
   std::uint8_t question(const StepGraphs& g, std::int64_t g0, std::int64_t g1, const Embeddings& e,
                         std::int64_t* agreement, double* score, std::int32_t* group);
 
-  // Scores alone, from agreement and groups: the mean agreement with the other groups.
-  std::uint8_t score_agreement(const std::int64_t* agreement, std::int64_t k,
-                               const std::int32_t* group, double* score);
+  // In [0, kUnit]: half for a final answer that the text derives (the first step that has it as
+  // result states it; an answer in words needs no derivation), half for results that are used:
+  // 1 / (1 + computed results that are neither used by a step nor the answer).
+  std::int64_t soundness(const StepGraphs& g, std::int64_t a);
 
   // Value of graph a matched with itself, and with b, in units of 1 / kOne.
   std::int64_t self_match(const StepGraphs& g, std::int64_t a, bool embedded);
@@ -48,16 +51,22 @@ class QuestionScorer {
                      std::int32_t* assigned);
 
  private:
-  // Symmetric; kUnit for equal graphs. The steps' part is 2 F(a, b) / (F(a, a) + F(b, b)); the final
-  // answers join it with their share.
-  std::int64_t agreement(const StepGraphs& g, std::int64_t a, std::int64_t b, std::int64_t self_a,
-                         std::int64_t self_b, const Embeddings& e);
+  struct Pair {
+    std::int64_t agreement;  // steps: 2 F(a, b) / (F(a, a) + F(b, b)); symmetric
+    std::int64_t a_covers;   // steps: F(a, b) / F(b, b)
+    std::int64_t b_covers;
+  };
+  // All in [0, kUnit], kUnit for equal graphs; the final answers join the steps with their share.
+  Pair compare(const StepGraphs& g, std::int64_t a, std::int64_t b, std::int64_t self_a,
+               std::int64_t self_b, const Embeddings& e);
+  std::uint8_t score_groups(const std::int64_t* agreement, std::int64_t k, const std::int32_t* group,
+                            double* score);
   void surface_groups(const StepGraphs& g, std::int64_t g0, std::int64_t k, std::int32_t* group);
 
   const ConsensusOptions& options_;
   Matcher matcher_;
   std::vector<std::int32_t> similarity_;
-  std::vector<std::int64_t> selves_;
+  std::vector<std::int64_t> selves_, covers_, sound_, used_;
   std::vector<std::uint8_t> weight_;
 };
 

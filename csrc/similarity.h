@@ -23,6 +23,8 @@ struct Options {
   std::int32_t edge_half[kEdgeTypes] = {16, 32};
   // share of the final answer in the agreement (units of 1 / 1024)
   std::int32_t answer_share = 0;
+  // share of a rationale's own soundness in its score (units of 1 / 1024)
+  std::int32_t soundness = 0;
   // surface shingles' Jaccard at which two texts share a vote (units of 1 / 1024); 0 = never
   std::int32_t dedupe = 0;
   std::int32_t dedupe_min_shingles = 0;

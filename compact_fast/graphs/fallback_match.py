@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import rustworkx as rx
 
-from compact_fast.graphs.fallback_parse import Graph, Node
+from compact_fast.graphs.fallback_parse import HUGE, Graph, Node
 from compact_fast.graphs.options import (
     ANSWER_NONE,
+    CENTRALITIES,
     ONE,
     RESULT_NONE,
     RESULT_STATED,
@@ -219,49 +220,75 @@ def match_matrix(
             f"mode='exact' without the native module stops at {EXACT_LIMIT} steps in the smaller "
             f"graph, here {min(n, m)}; use 'relaxed' or install the native module"
         )
-    best = [_objective(p, first), first, budget]
+    best, best_columns = _objective(p, first), first
+    nodes = budget
     taken: set[int] = set()
 
     def search(i: int, limit: int) -> None:
+        nonlocal best, best_columns, nodes
         if i == n:
             return
-        options = sorted(
-            (j for j in range(m) if j not in taken and s[i][j]), key=lambda j: -s[i][j]
-        )
-        for j in [*options, -1]:
-            if limit <= best[0] >> SHIFT or best[2] <= 0:
+        free = [j for j in range(m) if j not in taken and s[i][j]]
+        for j in [*sorted(free, key=lambda c: -s[i][c]), -1]:
+            if limit <= best >> SHIFT or nodes <= 0:
                 return
-            best[2] -= 1
+            nodes -= 1
             columns[i] = j
             taken.add(j)
             rest, guess = assign(_bounds(p, columns, taken))
             full = [g if c == OPEN else c for c, g in zip(columns, guess, strict=True)]
             value = _objective(p, full)
-            if value > best[0]:
-                best[:2] = value, full
+            if value > best:
+                best, best_columns = value, full
             bound = min(limit, -(-_objective(p, columns) >> SHIFT) + rest)
-            if bound > best[0] >> SHIFT:
+            if bound > best >> SHIFT:
                 search(i + 1, bound)
             taken.discard(j)
             columns[i] = OPEN
 
     search(0, ceiling)
-    value = best[0] >> SHIFT
-    bound = value if best[2] > 0 else ceiling
-    return Outcome(value, bound, bound == value, best[1])
+    value = best >> SHIFT
+    bound = value if nodes > 0 else ceiling
+    return Outcome(value, bound, bound == value, best_columns)
 
 
 # ---- scoring ---------------------------------------------------------------------------------
 
 
-def pair_agreement(a: Graph, b: Graph, selves: tuple[int, int], value: int, share: int) -> int:
-    """Agreement of two rationales in 1/UNIT, from the value of their matching."""
-    steps = min(UNIT, 2 * value * UNIT // sum(selves)) if sum(selves) else 0
+def compare(
+    a: Graph, b: Graph, selves: tuple[int, int], value: int, share: int
+) -> tuple[int, int, int]:
+    """(agreement, how much a covers of b, b of a) in 1/UNIT, from the value of their matching."""
+    parts = [0, 0, 0]
+    if min(selves) > 0:
+        parts = [
+            min(UNIT, 2 * value * UNIT // sum(selves)),
+            min(UNIT, value * UNIT // selves[1]),
+            min(UNIT, value * UNIT // selves[0]),
+        ]
     has_a, has_b = a.answer_kind != ANSWER_NONE, b.answer_kind != ANSWER_NONE
-    if share == 0 or not (has_a or has_b):
-        return steps
-    same = UNIT if has_a and has_b and a.answer == b.answer else 0
-    return ((1024 - share) * steps + share * same) // 1024
+    if share and (has_a or has_b):
+        same = UNIT if has_a and has_b and a.answer == b.answer else 0
+        parts = [((1024 - share) * part + share * same) // 1024 for part in parts]
+    return parts[0], parts[1], parts[2]
+
+
+def soundness(a: Graph) -> int:
+    """Does the text derive its answer, and use what it computes? See csrc/consensus.h."""
+    has = a.answer_kind != ANSWER_NONE
+    used = {key for node in a.nodes for key in node.numbers}
+    derived = has and a.answer >= HUGE
+    found, loose = False, 0
+    for node in a.nodes:
+        if node.result_kind == RESULT_NONE:
+            continue
+        is_answer, stated = has and node.result == a.answer, node.result_kind == RESULT_STATED
+        if is_answer and not found:
+            found = True
+            derived = derived or stated
+        if stated and node.operators and not is_answer and node.result not in used:
+            loose += 1
+    return ((UNIT if derived else 0) + UNIT // (1 + loose)) // 2
 
 
 def surface_groups(graphs: Sequence[Graph], o: dict[str, int]) -> list[int]:
@@ -282,26 +309,40 @@ def surface_groups(graphs: Sequence[Graph], o: dict[str, int]) -> list[int]:
     return group
 
 
-def score_agreement(r: Matrix, group: list[int], o: dict[str, int]) -> tuple[list[float], int]:
-    """(scores, flags) of one question from its agreement and groups."""
+def score_groups(
+    r: Matrix, covers: Matrix, sound: list[int], group: list[int], o: dict[str, int]
+) -> tuple[list[float], int]:
+    """(scores, flags) of one question from its agreement, coverage, soundness and groups."""
     k = len(r)
     leads = sorted(set(group))
     if len(leads) <= 1:
         return [1.0] * k, 1
-    counts = [
-        not any(group[i] == group[j] and r[i][j] == UNIT and r[i] == r[j] for j in range(i))
-        for i in range(k)
-    ]
+
+    def copy(i: int, j: int) -> bool:
+        return group[i] == group[j] and r[i][j] == UNIT and r[i] == r[j] and sound[i] == sound[j]
+
+    counts = [not any(copy(i, j) for j in range(i)) for i in range(k)]
     members = {lead: [j for j in range(k) if group[j] == lead and counts[j]] for lead in leads}
+
+    def mean(matrix: Matrix, i: int, lead: int) -> int:
+        return sum(matrix[i][j] for j in members[lead]) // len(members[lead])
+
+    if len(leads) == 2:
+        first, other = leads
+        total = sum(mean(r, i, other) for i in members[first])
+        return [total // len(members[first]) / UNIT] * k, 2
+    share, others = o["soundness"], len(leads) - 1
     scores = []
     for i in range(k):
         total = 0
         for lead in leads:
             if group[i] == lead:
                 continue
-            inside = sum(r[i][j] for j in members[lead]) // len(members[lead])
-            if o["centrality"] == 1 and inside < o["cluster_at"]:
+            agrees = mean(r, i, lead)
+            if CENTRALITIES[o["centrality"]] == "cluster" and agrees < o["cluster_at"]:
                 continue
-            total += inside
-        scores.append(total / ((len(leads) - 1) * UNIT))
-    return scores, 2 if len(leads) == 2 else 0
+            chosen = CENTRALITIES[o["centrality"]] == "agreement"
+            total += agrees if chosen else mean(covers, i, lead)
+        whole = (1024 - share) * total + share * others * sound[i]
+        scores.append(whole / (1024 * others * UNIT))
+    return scores, 0

@@ -54,7 +54,7 @@ def match(
     embeddings that are not finite or do not fit.
     """
     options = options or GraphOptions()
-    settings = consensus_settings(options, mode, "mean", node_budget=node_budget)
+    settings = consensus_settings(options, mode, "coverage", node_budget=node_budget)
     index = check_pairs(pairs, len(graphs))
     rows = quantise(embeddings, graphs.result.size)
     native, _ = choose(backend)
@@ -183,7 +183,7 @@ def match_matrices(
     32768, and edges that leave their graph, loop or repeat.
     """
     options = options or GraphOptions()
-    settings = consensus_settings(options, mode, "mean", node_budget=node_budget)
+    settings = consensus_settings(options, mode, "coverage", node_budget=node_budget)
     matrices = [_check_similarity(p, s) for p, s in enumerate(similarities)]
     if not len(matrices) == len(edges_a) == len(edges_b):
         raise ValueError(

@@ -9,7 +9,7 @@ from functools import cache
 from types import ModuleType
 from typing import Literal
 
-ABI = 1  # of csrc/bindings.cpp
+ABI = 2  # of csrc/bindings.cpp
 Backend = Literal["auto", "native", "rustworkx"]
 
 

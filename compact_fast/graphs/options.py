@@ -1,4 +1,4 @@
-"""Constants shared with csrc/, and the choices a user has, as floats outside and integers inside."""
+"""Constants shared with csrc/, and the user's choices, as floats outside and integers inside."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNIT = 1 << 24  # agreement 1.0
 SHIFT = 23  # similarity * similarity * edge weight is in units of 1 / (ONE << SHIFT)
 
 Mode = Literal["relaxed", "exact", "fast"]
-Centrality = Literal["mean", "cluster"]
+Centrality = Literal["coverage", "agreement", "cluster"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 CENTRALITIES: tuple[Centrality, ...] = get_args(Centrality)
 
@@ -57,8 +57,12 @@ class GraphOptions:
     uses_edge: float = 1.0
     """Weight of "uses the result of" among the edges."""
 
-    answer_share: float = 0.7
+    answer_share: float = 0.8
     """Share of the final answer in the agreement of two rationales; the steps have the rest."""
+
+    soundness: float = 0.15
+    """Share of a rationale's own soundness in its score: whether its steps derive its final
+    answer, and whether later steps use what it computes."""
 
     dedupe: float | None = 0.7
     """Jaccard overlap of 3-word shingles from which two texts share one vote; None: never."""
@@ -78,6 +82,7 @@ class GraphOptions:
         for name in ("edge_weight", "next_edge", "uses_edge"):
             self._number(name, getattr(self, name), 4.0)
         self._number("answer_share", self.answer_share, 1.0)
+        self._number("soundness", self.soundness, 1.0)
         if self.dedupe is not None:
             self._number("dedupe", self.dedupe, 1.0)
         for name, size in (("ramp", 2), ("step_weights", 3)):
@@ -118,6 +123,7 @@ class GraphOptions:
             "edge_next": round(self.edge_weight * self.next_edge * 128),
             "edge_uses": round(self.edge_weight * self.uses_edge * 128),
             "answer_share": round(self.answer_share * 1024),
+            "soundness": round(self.soundness * 1024),
             "dedupe": 0 if self.dedupe is None else max(1, round(self.dedupe * 1024)),
             "dedupe_min_shingles": max(1, self.dedupe_min_words - 2),
             "max_steps": self.max_steps,

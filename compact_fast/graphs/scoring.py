@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from compact_fast.graphs import fallback_match as twin
+from compact_fast.graphs.fallback_parse import Graph
 from compact_fast.graphs.matching import consensus_settings, match_python, quantise
 from compact_fast.graphs.native import Backend, backend_name, choose
 from compact_fast.graphs.options import MODES, UNIT, Centrality, GraphOptions, Mode
@@ -30,7 +31,7 @@ NO_EVIDENCE, UNDECIDABLE = 1, 2
 class ConsensusResult:
     """Scores of S rationales of Q questions."""
 
-    scores: NDArray[np.float64]  # [S] in [0, 1]: mean agreement with the other groups
+    scores: NDArray[np.float64]  # [S] in [0, 1]
     agreement: list[NDArray[np.float64]]  # Q matrices [K, K], symmetric, 1 on the diagonal
     groups: NDArray[np.int32]  # [S]; texts with one number inside a question share one vote
     no_evidence: NDArray[np.bool_]  # [Q]; fewer than two groups: all scores are 1
@@ -46,7 +47,7 @@ def consensus(
     final_answers: Sequence[str | None] | None = None,  # [S]; None: find them in the texts
     options: GraphOptions | None = None,
     mode: Mode = "relaxed",
-    centrality: Centrality = "mean",
+    centrality: Centrality = "coverage",
     cluster_at: float = 0.5,
     node_budget: int = 100_000,
     backend: Backend = "auto",
@@ -55,10 +56,12 @@ def consensus(
     """Score every rationale by its agreement with the other teachers of its question.
 
     Texts become step graphs, all pairs of a question are matched, the final answers join with
-    their share, near-identical texts share one vote, and a score is the mean agreement with the
-    other votes. `centrality="cluster"` counts only agreements of at least `cluster_at`. The result
-    does not depend on threads, on the order of teachers or on what else is in the call. Without
-    the native module it is computed on rustworkx, with the same values.
+    their share, and near-identical texts share one vote. A score is the mean, over the other votes,
+    of how much of their reasoning the rationale covers ("coverage"), of how far both agree
+    ("agreement"), or the first counted only from those it agrees with by at least `cluster_at`
+    ("cluster"); its own soundness joins with its share. The result does not depend on threads, on
+    the order of teachers or on what else is in the call. Without the native module it is computed
+    on rustworkx, with the same values.
 
     Raises ValueError naming question and teacher for texts that are not valid strings or too long,
     and for offsets that do not fit.
@@ -100,7 +103,7 @@ def score_graphs(
     options: GraphOptions | None = None,
     embeddings: ArrayLike | None = None,  # [N, width] floats: one row a step
     mode: Mode = "relaxed",
-    centrality: Centrality = "mean",
+    centrality: Centrality = "coverage",
     cluster_at: float = 0.5,
     node_budget: int = 100_000,
     backend: Backend = "auto",
@@ -118,8 +121,7 @@ def score_graphs(
     else:
         lists = None
         if rows is not None:
-            ends = graphs.cu_nodes.tolist()
-            lists = [rows[a:b].tolist() for a, b in zip(ends[:-1], ends[1:], strict=True)]
+            lists = [part.tolist() for part in np.split(rows, graphs.cu_nodes[1:-1])]
         flat = _score_python(unpack(graphs), cu, settings, lists)
     return _result(flat, cu, backend)
 
@@ -165,7 +167,7 @@ def _result(flat: tuple[Any, ...], cu: Int64, backend: Backend) -> ConsensusResu
 
 
 def _score_python(
-    graphs: Sequence[twin.Graph], cu: Int64, o: dict[str, int], rows: list[Any] | None
+    graphs: Sequence[Graph], cu: Int64, o: dict[str, int], rows: list[Any] | None
 ) -> tuple[Any, ...]:
     mode = MODES[o["mode"]]
     r_all: list[int] = []
@@ -177,16 +179,18 @@ def _score_python(
         k = len(mine)
         selves = [twin.self_value(g, o, mode, rows is not None) for g in mine]
         r = [[UNIT] * k for _ in range(k)]
+        covers = [[UNIT] * k for _ in range(k)]
         for i in range(k):
             for j in range(i + 1, k):
                 both = None if rows is None else (rows[begin + i], rows[begin + j])
                 value = match_python(mine[i], mine[j], o, mode, both).value
-                pair = (selves[i], selves[j])
-                r[i][j] = r[j][i] = twin.pair_agreement(
-                    mine[i], mine[j], pair, value, o["answer_share"]
+                agrees, covers[i][j], covers[j][i] = twin.compare(
+                    mine[i], mine[j], (selves[i], selves[j]), value, o["answer_share"]
                 )
+                r[i][j] = r[j][i] = agrees
         group = twin.surface_groups(mine, o)
-        score, flag = twin.score_agreement(r, group, o)
+        sound = [twin.soundness(g) for g in mine]
+        score, flag = twin.score_groups(r, covers, sound, group, o)
         r_all += [x for row in r for x in row]
         scores += score
         groups += group
