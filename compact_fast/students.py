@@ -362,6 +362,8 @@ def check_head(model: Any) -> None:
     with inference(causal):
         own = causal(input_ids=ids).logits.float()
         ours = nn.functional.linear(parts.body(ids), parts.weight, parts.bias).float()
+    if not bool(own.isfinite().all()):
+        raise ValueError(f"{type(causal).__name__}: its logits are not finite; are its weights?")
     error = float((own - ours).abs().max() / own.abs().max().clamp(min=1e-6))
     if not error < (1e-4 if parts.weight.dtype == torch.float32 else 5e-2):
         raise ValueError(

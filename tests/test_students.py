@@ -173,6 +173,13 @@ def test_a_model_that_changes_its_logits_in_an_unknown_way_is_found_out() -> Non
         check_head(Doubling(LlamaConfig(**SIZES)))
 
 
+def test_a_student_with_non_finite_weights_is_refused() -> None:
+    model = make("llama")
+    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        check_head(model)
+
+
 def test_checking_the_head_leaves_modes_and_random_numbers_alone() -> None:
     model = make("llama", attention_dropout=0.5)
     model.train()
