@@ -1,0 +1,119 @@
+"""Launch configurations by architecture, each with the reason for it.
+
+Every number was checked by ahead-of-time compilation (registers, spills, shared memory); none was
+timed on a device yet.
+
+GEMM tiles: M are rows (tokens), N the vocabulary, K the hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Written into every launch: Triton 3.10 changes the default. Fusing a * b + c saves an instruction
+# a logit in the GEMM's epilogue; where kernels promise the rounding of the plain formula it is off.
+FUSED = {"enable_fp_fusion": True}
+UNFUSED = {"enable_fp_fusion": False}
+
+SHARED_MEMORY_LIMIT = {  # bytes a block may use
+    "sm_80": 166_912,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "gfx942": 65_536,
+}
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """One launch configuration of the logits GEMM."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    tma: bool  # tensor descriptors and a persistent grid; else pointers, one program a tile
+    why: str
+
+
+LOGITS_GEMM = {
+    "sm_80": GemmConfig(
+        128, 128, 64, 8, 3, False,
+        "two of three stages live in shared memory, 64 KB: fits the 99 KB of sm_86, sm_89 and "
+        "sm_120 too; a vocabulary tile of 256 spills once entropy is asked for",
+    ),
+    "sm_90": GemmConfig(
+        128, 256, 64, 8, 3, True,
+        "two warp groups of 64 x 256; a fourth stage does not fit beside the 64 KB from which E "
+        "is copied out, and with pointers in place of descriptors this tile spills",
+    ),
+    "sm_100": GemmConfig(
+        128, 128, 64, 8, 4, True,
+        "a 128 x 128 accumulator in tensor memory; 128 x 256 spills while it is read back",
+    ),
+    "gfx942": GemmConfig(
+        128, 128, 64, 4, 2, False,
+        "one stage of 32 KB out of 64 KB local memory, so that two groups share a compute unit",
+    ),
+    "interpreter": GemmConfig(
+        32, 64, 32, 1, 1, False, "small, so that ragged test sizes still make several tiles"
+    ),
+}  # fmt: skip
+
+# With entropy or a bias the epilogue needs more registers: where the tile above would spill.
+LOGITS_GEMM_WIDE_EPILOGUE = {
+    "sm_90": GemmConfig(
+        128, 128, 64, 8, 4, True, "half the accumulators, and room for the second sum beside them"
+    ),
+}  # fmt: skip
+
+# M tiles that share one pass over the vocabulary: the vocabulary tile changes slowest, so that W
+# is read from memory once while these rows of x stay in the L2 cache (4096 x 4096 x 2 B = 32 MB).
+GROUP_M = 32
+
+_assumed: list[str] = []
+
+
+@contextmanager
+def assume(arch: str) -> Iterator[None]:
+    """Launch as for this architecture, whatever device the tensors are on (for compiling only)."""
+    _assumed.append(arch)
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
+def architecture(tensor: Tensor) -> str:
+    """The key of the tables above that fits the tensor's device."""
+    if _assumed:
+        return _assumed[-1]
+    if not tensor.is_cuda:
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(tensor.device)
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def gemm_config(x: Tensor, *, statistics: bool, bias: bool) -> GemmConfig:
+    """The logits GEMM's configuration on the device of `x`."""
+    arch = architecture(x)
+    wide = LOGITS_GEMM_WIDE_EPILOGUE if statistics or bias else {}
+    return wide.get(arch, LOGITS_GEMM[arch])
+
+
+def num_processors(tensor: Tensor) -> int:
+    """Multiprocessors of the device: the size of a persistent grid."""
+    if not tensor.is_cuda:
+        return 132
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
