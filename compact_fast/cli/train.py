@@ -50,12 +50,13 @@ def hear(name: str) -> ProgressLine:
 
 
 def _introduce(inputs: Inputs) -> None:
-    from compact_fast.pipeline.forecast import backend_choice, count_steps
+    from compact_fast.pipeline.forecast import backend_choice, count_steps, trainable_rows
     from compact_fast.pipeline.inputs import method_line, teachers_text
 
     config = inputs.config
     choice = backend_choice(config, inputs.student.model)
-    steps, epochs = count_steps(config, len(inputs.train), int(os.environ.get("WORLD_SIZE", "1")))
+    questions = len(trainable_rows(config, inputs.train.rows))
+    steps, epochs = count_steps(config, questions, int(os.environ.get("WORLD_SIZE", "1")))
     per_step = config.training.questions_per_step * config.training.gradient_accumulation_steps
     say(f"Method     {method_line(config)}")
     say(f"Backend    {choice.backend.name} ({choice.reason})")

@@ -122,9 +122,7 @@ def split(
     the round(share * n) with the smallest hashes, at least one where share > 0 and n > 1.
     """
     n = len(questions)
-    number = round(share * n)
-    if share > 0 and n > 1:
-        number = min(max(number, 1), n - 1)
+    number = min(max(round(share * n), 1), n - 1) if share > 0 else 0
 
     def key(i: int) -> bytes:
         return hashlib.sha256(f"{seed}:{questions[i].id}".encode()).digest()

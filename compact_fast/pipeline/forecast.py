@@ -52,6 +52,7 @@ def forecast(config: RunConfig, model: Any, rows: Sequence[Mapping[str, Any]]) -
     with the most padded tokens.
     """
     t = config.training
+    rows = trainable_rows(config, rows)
     padded = sorted((padded_tokens(row) for row in rows), reverse=True)
     largest = sum(padded[: t.questions_per_step])
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -74,6 +75,15 @@ def forecast(config: RunConfig, model: Any, rows: Sequence[Mapping[str, Any]]) -
         activation_bytes=largest * activation_bytes_per_token(config, model),
         loss_bytes=LOSS_CHUNK_BYTES + head_gradient + largest * width * 4,
     )
+
+
+def trainable_rows(
+    config: RunConfig, rows: Sequence[Mapping[str, Any]]
+) -> Sequence[Mapping[str, Any]]:
+    """The rows that training will use; weighting="correct" leaves out those with none right."""
+    if config.method.weighting != "correct":
+        return rows
+    return [row for row in rows if 1 in row["correct"]]
 
 
 def count_steps(config: RunConfig, questions: int, processes: int = 1) -> tuple[int, float]:

@@ -1,0 +1,106 @@
+"""Forecasts: steps as the trainer counts them, memory that adds up and moves the right way."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from compact_fast.flat_yaml import Setting
+from compact_fast.pipeline.forecast import count_steps, forecast, padded_tokens, real_tokens
+from compact_fast.pipeline.training import training_arguments
+from compact_fast.run_config import RunConfig, build
+
+
+def config(**keys) -> RunConfig:
+    return build({k: Setting(v, f"--{k}") for k, v in keys.items()})
+
+
+def row(i: int = 0, prompt: int = 5, completions: tuple[int, ...] = (3, 6)) -> dict:
+    return {
+        "id": f"q{i}",
+        "index": i,
+        "prompt_ids": list(range(1, prompt + 1)),
+        "completion_ids": [[7] * n for n in completions],
+        "teacher_ids": list(range(len(completions))),
+        "answer_spans": [[0, 0]] * len(completions),
+        "correct": [1] + [0] * (len(completions) - 1),
+        "gold_ids": [3],
+        "consensus": [1.0] * len(completions),
+    }
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+@pytest.mark.parametrize("questions", [1, 7, 20])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"questions_per_step": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 2.5},
+        {"questions_per_step": 2, "gradient_accumulation_steps": 1, "max_steps": 9},
+    ],
+)
+def test_steps_are_the_trainers_own(questions, keys, model, tmp_path):
+    from compact_fast.trainer import CompactTrainer
+
+    c = config(output_dir=str(tmp_path), **keys)
+    args = training_arguments(c, teachers=["a", "b"], thinking_ids=[])
+    trainer = CompactTrainer(model, args, [row(i) for i in range(questions)])
+    counted = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+    assert count_steps(c, questions)[0] == counted[-1]
+
+
+def test_tokens_of_a_question():
+    assert real_tokens(row()) == 5 + 3 + 5 + 6
+    assert padded_tokens(row()) == 2 * (5 + 6)
+
+
+def test_memory_adds_up(model):
+    rows = [row(0), row(1, prompt=30), row(2)]
+    f = forecast(config(lora=False, num_train_epochs=2.0), model, rows)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert f.weight_bytes == f.gradient_bytes == 4 * parameters
+    assert f.optimizer_bytes == 8 * parameters
+    assert f.tokens == 2 * sum(map(real_tokens, rows))
+    assert f.peak_bytes == sum(
+        (f.weight_bytes, f.gradient_bytes, f.optimizer_bytes, f.activation_bytes, f.loss_bytes)
+    )
+    # the largest question counts, and two of them in a pass count twice
+    two = forecast(config(lora=False, questions_per_step=2), model, rows + rows)
+    assert two.activation_bytes == 2 * f.activation_bytes
+    less = forecast(config(lora=False, gradient_checkpointing=True), model, rows)
+    assert less.activation_bytes < f.activation_bytes
+
+
+def test_weighting_correct_leaves_questions_out(model):
+    wrong = {**row(1), "correct": [0, -1]}
+    f = forecast(config(weighting="correct", num_train_epochs=1.0), model, [row(0), wrong])
+    assert f.tokens == real_tokens(row(0))
+    assert math.isclose(f.epochs, 1.0)
+
+
+def test_frozen_weights_have_no_gradient(model):
+    for p in model.parameters():
+        p.requires_grad_(False)
+    try:
+        f = forecast(config(), model, [row()])
+    finally:
+        for p in model.parameters():
+            p.requires_grad_(True)
+    assert f.gradient_bytes == f.optimizer_bytes == 0
+    assert torch.is_grad_enabled()
