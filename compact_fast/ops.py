@@ -127,6 +127,11 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.num_inputs = len(inputs)
 
 
+def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """In place, except while torch traces with tensor subclasses and has to see no mutation."""
+    return gradient.mul_(upstream) if type(gradient) is Tensor else gradient * upstream
+
+
 def _hand_over(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if ctx.gradients is None:
         raise RuntimeError(
@@ -137,7 +142,7 @@ def _hand_over(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     upstream = grads[0]
     if upstream is None:
         return (None,) * int(ctx.num_inputs)
-    scaled: list[Tensor | None] = [None if g is None else g.mul_(upstream) for g in found]
+    scaled = [None if g is None else _scaled(g, upstream) for g in found]
     return (*scaled, *(None,) * (int(ctx.num_inputs) - 3))
 
 

@@ -31,12 +31,13 @@ def random_batch(
     longest: int = 14,
     scale: float = 0.5,
     dtype: torch.dtype = torch.float64,
+    unlabelled: bool = True,
     seed: int = 0,
 ) -> RandomBatch:
     """A packed batch with `teachers[q]` rationales for question q.
 
     Every sequence has 1-2 prompt positions, then labels up to its last position; about one in
-    three never states the gold answer, one in six has no label at all (if `longest` allows).
+    three never states the gold answer; with `unlabelled`, one in six has no label at all.
     `scale` is the standard deviation of the head's entries.
     """
     gen = torch.Generator().manual_seed(seed)
@@ -48,7 +49,8 @@ def random_batch(
     for s in range(sum(teachers)):
         length = draw(5, max(6, longest))
         row = torch.randint(0, vocab, (length,), generator=gen)
-        prompt = length if s and draw(0, 6) == 0 else draw(1, 3)
+        empty = bool(s) and draw(0, 6) == 0 and unlabelled
+        prompt = length if empty else draw(1, 3)
         row[:prompt] = IGNORE
         row[-1] = IGNORE
         stated = draw(0, 3) if prompt < length else 0
