@@ -2,114 +2,13 @@
 
 #include <algorithm>
 
+#include "lexicon.h"
 #include "numbers.h"
 #include "text.h"
 
 namespace compact {
 
-void StepGraphs::clear() { *this = StepGraphs{}; }
-
-void StepGraphs::append(const StepGraphs& other) {
-  auto offsets = [](std::vector<std::int64_t>& to, const std::vector<std::int64_t>& from) {
-    std::int64_t base = to.back();
-    for (std::size_t i = 1; i < from.size(); ++i) to.push_back(base + from[i]);
-  };
-  auto values = [](auto& to, const auto& from) { to.insert(to.end(), from.begin(), from.end()); };
-  offsets(cu_nodes, other.cu_nodes);
-  offsets(cu_edges, other.cu_edges);
-  offsets(cu_shingles, other.cu_shingles);
-  offsets(cu_numbers, other.cu_numbers);
-  values(answer, other.answer);
-  values(answer_kind, other.answer_kind);
-  values(result, other.result);
-  values(result_kind, other.result_kind);
-  values(operators, other.operators);
-  values(signature, other.signature);
-  values(numbers, other.numbers);
-  values(edge_source, other.edge_source);
-  values(edge_target, other.edge_target);
-  values(edge_type, other.edge_type);
-  values(shingles, other.shingles);
-}
-
 namespace {
-
-constexpr std::uint64_t hash_of(std::string_view word) {
-  std::uint64_t hash = kFnvStart;
-  for (char c : word) hash = fnv_step(hash, static_cast<unsigned char>(c));
-  return hash;
-}
-
-enum WordClass : std::uint8_t { kPlain, kStop, kNumberWord, kOperatorWord, kEquals, kAnswerWord };
-
-struct WordInfo {
-  std::uint64_t hash;
-  WordClass kind;
-  std::uint8_t value;  // of a number word, or the bit of an operator
-  bool abbreviation;
-};
-
-// Open-addressed table of the words with a meaning, keyed by FNV hash.
-class Lexicon {
- public:
-  Lexicon() {
-    for (auto w :
-         {"a",     "an",    "and",     "are",   "as",      "at",    "be",   "been",  "by",
-          "can",   "do",    "does",    "for",   "from",    "had",   "has",  "have",  "he",
-          "her",   "his",   "if",      "in",    "into",    "is",    "it",   "its",   "of",
-          "on",    "or",    "she",     "so",    "that",    "the",   "them", "their", "then",
-          "there", "they",  "this",    "to",    "was",     "we",    "were", "will",  "with",
-          "you",   "therefore", "thus", "hence", "step",   "first", "second", "next", "finally",
-          "because", "since", "i",     "our"})
-      entry(w).kind = kStop;
-    const char* units[] = {"zero",    "",        "two",       "three",    "four",
-                           "five",    "six",     "seven",     "eight",    "nine",
-                           "ten",     "eleven",  "twelve",    "thirteen", "fourteen",
-                           "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"};
-    for (int i = 0; i < 20; ++i)
-      if (units[i][0]) set(units[i], kNumberWord, i);
-    const char* tens[] = {"twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"};
-    for (int i = 0; i < 8; ++i) set(tens[i], kNumberWord, 20 + 10 * i);
-    set("plus", kOperatorWord, 1);
-    set("minus", kOperatorWord, 2);
-    set("times", kOperatorWord, 4);
-    set("divided", kOperatorWord, 8);
-    set("equals", kEquals, 0);
-    set("answer", kAnswerWord, 0);
-    set("answers", kAnswerWord, 0);
-    for (auto w : {"mr", "mrs", "ms", "dr", "st", "vs", "etc", "eg", "ie", "prof", "jr", "sr", "approx"})
-      entry(w).abbreviation = true;
-  }
-
-  const WordInfo& find(std::uint64_t hash) const {
-    static constexpr WordInfo plain{0, kPlain, 0, false};
-    for (std::size_t at = mix(hash) % kSize;; at = (at + 1) % kSize) {
-      if (table_[at].hash == hash) return table_[at];
-      if (table_[at].hash == 0) return plain;
-    }
-  }
-
- private:
-  static constexpr std::size_t kSize = 1024;
-  WordInfo& entry(std::string_view word) {
-    std::uint64_t hash = hash_of(word);
-    for (std::size_t at = mix(hash) % kSize;; at = (at + 1) % kSize) {
-      if (table_[at].hash == 0) table_[at] = {hash, kPlain, 0, false};
-      if (table_[at].hash == hash) return table_[at];
-    }
-  }
-  void set(std::string_view word, WordClass kind, int value) {
-    WordInfo& e = entry(word);
-    e.kind = kind;
-    e.value = static_cast<std::uint8_t>(value);
-  }
-  WordInfo table_[kSize] = {};
-};
-
-const Lexicon& lexicon() {
-  static const Lexicon words;
-  return words;
-}
 
 constexpr std::uint64_t kIs = hash_of("is"), kAre = hash_of("are"), kBe = hash_of("be"),
                         kX = hash_of("x");
@@ -191,67 +90,6 @@ void Parser::Step::take(Step& other) {
   words.insert(words.end(), other.words.begin(), other.words.end());
   operators |= other.operators;
   other.clear();
-}
-
-void Parser::Answer::begin() {
-  active = true;
-  has_first = after_equals = false;
-  first = second = 0;
-  fraction = tokens = 0;
-  words.clear();
-}
-
-void Parser::Answer::number(std::int64_t key) {
-  if (!has_first || after_equals) {
-    first = key;
-    has_first = true;
-    fraction = 0;
-    after_equals = false;
-  } else if (fraction == 1 && tokens == 2) {
-    second = key;
-    fraction = 2;
-  }
-  ++tokens;
-}
-
-void Parser::Answer::divide(bool slash) {
-  if (slash && tokens == 1 && has_first) fraction = 1;
-  ++tokens;
-}
-
-void Parser::Answer::equals() {
-  after_equals = true;
-  tokens = 0;
-}
-
-void Parser::Answer::word(std::string_view text) {
-  ++tokens;
-  if (words.size() < 16) words.emplace_back(text);
-}
-
-bool Parser::Answer::key(std::int64_t& out) const {
-  if (has_first) {
-    if (fraction == 2 && fraction_key(first, second, out)) return true;
-    out = first;
-    return true;
-  }
-  if (words.empty()) return false;
-  std::string head = words[0] == "yes" ? "true" : words[0] == "no" ? "false" : words[0];
-  std::uint64_t hash = 0x12345;
-  if (head == "true" || head == "false" || head.size() == 1) {
-    hash = fnv(head, hash);
-  } else {
-    bool any = false;
-    for (const auto& w : words) {
-      if (lexicon().find(hash_of(w)).kind == kStop) continue;
-      if (any) hash = fnv_step(hash, ' ');
-      hash = fnv(w, hash);
-      any = true;
-    }
-    if (!any) hash = fnv(head, hash);
-  }
-  out = hash_key(mix(hash));
-  return true;
 }
 
 void Parser::reset_step() {
@@ -420,7 +258,7 @@ bool Parser::run(std::string_view text) {
         ++length;
         if (keep) lower_.push_back(last);
       }
-      const WordInfo& info = lexicon().find(hash);
+      const WordInfo& info = find_word(hash);
       if (asked && (hash == kIs || hash == kAre || hash == kBe)) {
         begin_answer();
         asked = false;
@@ -573,6 +411,26 @@ bool Parser::run(std::string_view text) {
   return !too_long_;
 }
 
+// The last result, or the last computed one if the last step speaks of it.
+void Parser::imply_answer() {
+  const StepGraphs& g = *out_;
+  std::int64_t last = -1, stated = -1;
+  for (auto i = static_cast<std::int64_t>(first_node_); i < static_cast<std::int64_t>(g.nodes()); ++i) {
+    if (g.result_kind[i] != kNoResult) last = i;
+    if (g.result_kind[i] == kStatedResult) stated = i;
+  }
+  if (last < 0) return;
+  answer_kind_ = kImpliedAnswer;
+  answer_key_ = g.result[last];
+  if (stated < 0) return;
+  const std::size_t end = g.nodes() - 1;
+  const std::int64_t key = g.result[stated];
+  const auto first = g.numbers.begin() + g.cu_numbers[end];
+  const bool mentioned = (g.result_kind[end] != kNoResult && g.result[end] == key) ||
+                         std::find(first, g.numbers.end(), key) != g.numbers.end();
+  if (mentioned) answer_key_ = key;
+}
+
 bool Parser::parse(std::string_view text, StepGraphs& g) {
   out_ = &g;
   first_node_ = g.nodes();
@@ -589,14 +447,7 @@ bool Parser::parse(std::string_view text, StepGraphs& g) {
     g.edge_type.resize(first_edge);
     return false;
   }
-  if (answer_kind_ == kNoAnswer) {
-    for (std::size_t i = g.nodes(); i-- > first_node_;) {
-      if (g.result_kind[i] == kNoResult) continue;
-      answer_key_ = g.result[i];
-      answer_kind_ = kImpliedAnswer;
-      break;
-    }
-  }
+  if (answer_kind_ == kNoAnswer) imply_answer();
   g.answer.push_back(answer_key_);
   g.answer_kind.push_back(answer_kind_);
   std::sort(shingles_.begin(), shingles_.end());

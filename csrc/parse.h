@@ -5,7 +5,8 @@
 // number behind its last "=" ("stated"), else its last number if it has no operator ("implied"); its
 // other numbers are its operands. A chain "a = b = c" is one step. Step i "uses" the latest earlier
 // step whose result is one of i's operands. The final answer is what follows "####", "answer is",
-// "answer:" or stands in \boxed{}, the last of them; without any, the last result. Number words from
+// "answer:" or stands in \boxed{}, the last of them; without any, the last result, or
+// the last stated one where the last step mentions it. Number words from
 // two to ninety count as numbers. Nothing is evaluated; time is linear in the text.
 #pragma once
 
@@ -14,6 +15,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "answer.h"
 #include "graph.h"
 
 namespace compact {
@@ -37,19 +39,6 @@ class Parser {
     void clear() { numbers.clear(), words.clear(), operators = 0; }
     void take(Step& other);
   };
-  struct Answer {
-    bool active = false, has_first = false, after_equals = false;
-    std::int64_t first = 0, second = 0;
-    int fraction = 0, tokens = 0;
-    std::vector<std::string> words;
-    void begin();
-    void number(std::int64_t key);
-    void divide(bool slash);
-    void equals();
-    void word(std::string_view text);
-    bool key(std::int64_t& out) const;
-  };
-
   void reset_step();
   void merge();
   void retract();
@@ -59,6 +48,7 @@ class Parser {
   void add_number(std::int64_t key, bool after_equals);
   void add_word(std::uint64_t hash);
   void add_shingle(std::uint64_t hash);
+  void imply_answer();
   bool run(std::string_view text);
 
   std::int64_t max_steps_ = 512;

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import rustworkx as rx
 
-from compact_fast.graphs.fallback_parse import HUGE, Graph, Node
+from compact_fast.graphs.fallback_parse import Graph, Node
+from compact_fast.graphs.fallback_text import HUGE
 from compact_fast.graphs.options import (
     ANSWER_NONE,
     CENTRALITIES,

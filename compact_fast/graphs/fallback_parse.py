@@ -6,9 +6,24 @@ rules in words. Nothing is ever evaluated, and time is linear in the text.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
+from compact_fast.graphs.fallback_text import (
+    ABBREVIATIONS,
+    HUGE,
+    LIST_MARK,
+    MICRO,
+    NUMBER_WORDS,
+    OPERATORS,
+    SKIP_LINE,
+    STOP,
+    TOKEN,
+    TRANSLATE,
+    fnv,
+    mix,
+    number_key,
+    pair,
+)
 from compact_fast.graphs.options import (
     ANSWER_EXPLICIT,
     ANSWER_IMPLIED,
@@ -20,111 +35,6 @@ from compact_fast.graphs.options import (
     RESULT_STATED,
 )
 
-MICRO = 1_000_000
-HUGE = 1 << 62  # keys of numbers beyond 12 digits: this bit plus a hash
-SIGNATURE_BITS = 512
-_MASK64 = (1 << 64) - 1
-
-_UNICODE = {
-    "×": "*", "⋅": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "—": " , ", "’": "'", "‘": "'",
-    "“": '"', "”": '"', "•": "\n", "\u00a0": " ", "\u202f": " ", "\u2009": " ", "≈": "=", "€": "$",
-    "£": "$", "¥": "$", "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 ",
-    "\u2028": "\n", "、": ",", "。": ". ", "，": ", ", "：": ":", "\ufeff": " ",
-}  # fmt: skip
-_TRANSLATE = str.maketrans(_UNICODE)
-
-_NUMBER_WORDS = {
-    "zero": 0, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8,
-    "nine": 9, "ten": 10, "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15,
-    "sixteen": 16, "seventeen": 17, "eighteen": 18, "nineteen": 19, "twenty": 20, "thirty": 30,
-    "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90,
-}  # fmt: skip
-_OPERATORS = {"+": 1, "-": 2, "*": 4, "/": 8, "plus": 1, "minus": 2, "times": 4, "divided": 8}
-_STOP = frozenset(
-    [
-        "a",
-        "an",
-        "and",
-        "are",
-        "as",
-        "at",
-        "be",
-        "been",
-        "by",
-        "can",
-        "do",
-        "does",
-        "for",
-        "from",
-        "had",
-        "has",
-        "have",
-        "he",
-        "her",
-        "his",
-        "if",
-        "in",
-        "into",
-        "is",
-        "it",
-        "its",
-        "of",
-        "on",
-        "or",
-        "she",
-        "so",
-        "that",
-        "the",
-        "their",
-        "them",
-        "then",
-        "there",
-        "they",
-        "this",
-        "to",
-        "was",
-        "we",
-        "were",
-        "will",
-        "with",
-        "you",
-        "therefore",
-        "thus",
-        "hence",
-        "step",
-        "first",
-        "second",
-        "next",
-        "finally",
-        "because",
-        "since",
-        "i",
-        "our",
-    ]
-)
-_ABBREVIATIONS = frozenset(
-    ["mr", "mrs", "ms", "dr", "st", "vs", "etc", "eg", "ie", "prof", "jr", "sr", "approx"]
-)
-
-_SKIP_LINE = re.compile(r"(?:[ \t*>_]|#(?!###)|-(?=[ \t]))*")
-_LIST_MARK = re.compile(
-    r"(?:[Ss]tep[ \t]+\d{1,4}[ \t]*[:.)-]?|\(?\d{1,3}[.)](?=[ \t])|\([A-Za-z]\)(?=[ \t]))"
-)
-_TOKEN = re.compile(
-    r"(?P<space>[ \t\r\f\v\0]+)"
-    r"|(?P<line>\n)"
-    r"|(?P<note><<[^<>\n]{0,200}>>)"
-    r"|(?P<hashes>####)"
-    r"|(?P<number>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-    r"|(?P<word>[A-Za-z\x80-\xff][A-Za-z0-9'\x80-\xff]*)"
-    r"|(?P<latex>\\[A-Za-z]+)"
-    r"|(?P<end>[.!?;](?=[\s\"')*\]]|\Z))"
-    r"|(?P<bold>\*\*+)"
-    r"|(?P<op>[-+*/=])"
-    r"|(?P<other>[\x00-\xff])",
-    re.ASCII,
-)
-
 
 @dataclass
 class Node:
@@ -134,7 +44,7 @@ class Node:
     result: int
     result_kind: int
     operators: int
-    signature: int  # SIGNATURE_BITS-bit set of hashed words and word pairs
+    signature: int  # 512-bit set of hashed words and word pairs
 
 
 @dataclass
@@ -146,37 +56,6 @@ class Graph:
     answer: int = 0
     answer_kind: int = ANSWER_NONE
     shingles: list[int] = field(default_factory=list)  # sorted, distinct 3-word hashes
-
-
-def fnv(data: bytes, seed: int = 0xCBF29CE484222325) -> int:
-    """64-bit FNV-1a."""
-    for byte in data:
-        seed = ((seed ^ byte) * 0x100000001B3) & _MASK64
-    return seed
-
-
-def mix(value: int) -> int:
-    """Finaliser of splitmix64: spreads a hash over all bits."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)
-
-
-def _pair(a: int, b: int) -> int:
-    return mix((a * 0x9E3779B97F4A7C15 + b) & _MASK64)
-
-
-def number_key(text: str) -> int:
-    """Canonical integer of a number's spelling: millionths, or a tagged hash beyond 12 digits."""
-    whole, _, decimals = text.replace(",", "").partition(".")
-    whole = whole.lstrip("0")
-    if len(whole) > 12:
-        kept = decimals.rstrip("0")
-        return HUGE | (mix(fnv((whole + "." + kept).encode())) & (HUGE - 1))
-    micro = int((decimals[:6]).ljust(6, "0"))
-    if len(decimals) > 6 and decimals[6] >= "5":
-        micro += 1
-    return int(whole or "0") * MICRO + micro
 
 
 class _Step:
@@ -252,7 +131,7 @@ class Parser:
     # ---- one pass over the text --------------------------------------------------------------
 
     def parse(self, text: str) -> Graph:
-        data = text.translate(_TRANSLATE).encode().decode("latin-1")
+        data = text.translate(TRANSLATE).encode().decode("latin-1")
         at = 0
         step = _Step()
         start_of_line = True
@@ -265,26 +144,21 @@ class Parser:
         while at < len(data):
             if start_of_line:
                 start_of_line = False
-                at = _SKIP_LINE.match(data, at).end()  # type: ignore[union-attr]
-                if mark := _LIST_MARK.match(data, at):
+                at = SKIP_LINE.match(data, at).end()  # type: ignore[union-attr]
+                if mark := LIST_MARK.match(data, at):
                     at = mark.end()
                 if at >= len(data):
                     break
-            found = _TOKEN.match(data, at)
+            found = TOKEN.match(data, at)
             assert found is not None
             kind, token = found.lastgroup, found.group()
             here, at = at, found.end()
             if kind == "space" or kind == "bold":
                 continue
             if kind == "line" or kind == "end":
-                if (
-                    kind == "end"
-                    and token == "."
-                    and before == "word"
-                    and data[here - 1] not in " \t"
-                ):
-                    if len(before_word) == 1 or before_word in _ABBREVIATIONS:
-                        continue
+                short = len(before_word) == 1 or before_word in ABBREVIATIONS
+                if token == "." and before == "word" and short and data[here - 1] not in " \t":
+                    continue  # "Mr." ends no sentence
                 if answer is not None:
                     self._settle(answer)
                     answer = None
@@ -340,9 +214,9 @@ class Parser:
                     kind, token = "op", "*"
                 elif word == "equals":
                     kind, token = "op", "="
-                elif word in _NUMBER_WORDS and answer is None:
+                elif word in NUMBER_WORDS and answer is None:
                     kind = "number"
-                elif word in _OPERATORS:
+                elif word in OPERATORS:
                     kind, token = "op", word
                 self._shingle(word)
             else:
@@ -352,7 +226,7 @@ class Parser:
                     self._shingle(token)
             target = answer or boxed
             if kind == "number":
-                key = _NUMBER_WORDS[word] * MICRO if word else number_key(token)
+                key = NUMBER_WORDS[word] * MICRO if word else number_key(token)
                 if data[here - 1 : here] == "-" and self.negative:
                     key = -key
                 if target is not None:
@@ -380,10 +254,10 @@ class Parser:
                     if target is not None:
                         target.operator(token)
                     if answer is None and not (token == "-" and self.negative):
-                        if step.cut is not None and not step.cut.numbers:
-                            if token != "-" or before == "number":  # "= 8 / 2" states no result
-                                step.retract()
-                        (step.cut or step).operators |= _OPERATORS[token]
+                        open_tail = step.cut is not None and not step.cut.numbers
+                        if open_tail and (token != "-" or before == "number"):
+                            step.retract()  # "= 8 / 2" states no result
+                        (step.cut or step).operators |= OPERATORS[token]
                     before = "op"
             else:
                 if target is not None:
@@ -403,11 +277,17 @@ class Parser:
 
     def _finish(self) -> Graph:
         graph = self.graph
-        if graph.answer_kind == ANSWER_NONE:
-            for node in reversed(graph.nodes):
-                if node.result_kind != RESULT_NONE:
-                    graph.answer, graph.answer_kind = node.result, ANSWER_IMPLIED
-                    break
+        with_result = [node for node in graph.nodes if node.result_kind != RESULT_NONE]
+        if graph.answer_kind == ANSWER_NONE and with_result:
+            # the last result, or the last computed one if the last step speaks of it
+            answer, last = with_result[-1].result, graph.nodes[-1]
+            stated = [node.result for node in with_result if node.result_kind == RESULT_STATED]
+            if stated and (
+                stated[-1] in last.numbers
+                or (last.result_kind != RESULT_NONE and last.result == stated[-1])
+            ):
+                answer = stated[-1]
+            graph.answer, graph.answer_kind = answer, ANSWER_IMPLIED
         graph.shingles = sorted(self.shingles)
         return graph
 
@@ -432,7 +312,7 @@ class Parser:
             step.numbers.append(key)
 
     def _word(self, step: _Step, word: str) -> None:
-        if word in _STOP or not word:
+        if word in STOP or not word:
             return
         if len(word) > 3 and word[-1] == "s" and word[-2] != "s":
             word = word[:-1]
@@ -440,13 +320,13 @@ class Parser:
         into = step.cut if step.cut is not None else step
         into.words.append(hashed)
         if step.last_word:
-            into.words.append(_pair(step.last_word, hashed))
+            into.words.append(pair(step.last_word, hashed))
         step.last_word = hashed
 
     def _shingle(self, word: str) -> None:
         self.window = [*self.window[-2:], mix(fnv(word.encode("latin-1")))]
         if len(self.window) == 3:
-            self.shingles.add(_pair(_pair(self.window[0], self.window[1]), self.window[2]))
+            self.shingles.add(pair(pair(self.window[0], self.window[1]), self.window[2]))
 
 
 class _Answer:
@@ -495,7 +375,7 @@ class _Answer:
         if first in ("true", "false") or len(first) == 1:
             words = [first]
         else:
-            words = [w for w in self.words if w not in _STOP] or [first]
+            words = [w for w in self.words if w not in STOP] or [first]
         return HUGE | (mix(fnv(" ".join(words).encode("latin-1"), 0x12345)) & (HUGE - 1))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from compact_fast.graphs import fallback_match as twin
+from compact_fast.graphs.fallback_parse import Graph
 from compact_fast.graphs.native import Backend, choose
 from compact_fast.graphs.options import (
     CENTRALITIES,
@@ -128,7 +129,8 @@ def quantise(embeddings: ArrayLike | None, nodes: int) -> NDArray[np.int8] | Non
     wide = np.divide(wide, scale, out=np.zeros_like(wide), where=scale > 0)
     norm = np.sqrt((wide * wide).sum(axis=1, keepdims=True))
     unit = np.divide(wide, norm, out=np.zeros_like(wide), where=norm > 0)
-    return np.rint(unit * 127).astype(np.int8)
+    quantised: NDArray[np.int8] = np.rint(unit * 127).astype(np.int8)
+    return quantised
 
 
 def _match_python(
@@ -156,7 +158,7 @@ def _match_python(
 
 
 def match_python(
-    a: twin.Graph, b: twin.Graph, o: dict[str, int], mode: str, rows: twin.RowsPair = None
+    a: Graph, b: Graph, o: dict[str, int], mode: str, rows: twin.RowsPair = None
 ) -> twin.Outcome:
     """One pair by the fallback."""
     half = (o["edge_next"], o["edge_uses"])
@@ -203,14 +205,13 @@ def match_matrices(
         nan = np.full(len(matrices), np.nan)
         return MatchResult(values, bounds, proven.astype(bool), nan, rows, assigned)
     found = []
+    half2 = (settings["edge_next"], settings["edge_uses"])
     for s, ea, eb in zip(matrices, edges_a, edges_b, strict=True):
-        lists = [[(int(e[0]), int(e[1]), int(e[2])) for e in np.asarray(x).reshape(-1, 3)]
-                 for x in (ea, eb)]  # fmt: skip
-        half2 = (settings["edge_next"], settings["edge_uses"])
         if s.size == 0:
             found.append(twin.Outcome(0, 0, True, [-1] * s.shape[0]))
-        else:
-            found.append(twin.match_matrix(s.tolist(), *lists, half2, mode, node_budget))
+            continue
+        both = _edge_tuples(ea), _edge_tuples(eb)
+        found.append(twin.match_matrix(s.tolist(), both[0], both[1], half2, mode, node_budget))
     return MatchResult(
         np.array([f.value for f in found], dtype=np.int64),
         np.array([f.bound for f in found], dtype=np.int64),
@@ -219,6 +220,10 @@ def match_matrices(
         np.concatenate([[0], np.cumsum(sizes[:, 0])]).astype(np.int64),
         np.array([j for f in found for j in f.assigned], dtype=np.int32),
     )
+
+
+def _edge_tuples(edges: ArrayLike) -> list[tuple[int, int, int]]:
+    return [(int(a), int(b), int(kind)) for a, b, kind in np.asarray(edges).reshape(-1, 3)]
 
 
 def _check_similarity(p: int, similarity: ArrayLike, limit: int = ONE) -> NDArray[np.int32]:
