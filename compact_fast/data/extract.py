@@ -101,7 +101,7 @@ _MARKER = re.compile(
     | \\(?:boxed|fbox)\s*(?=\{{)
     | \b(?:answer|option|choice|result|solution)\b
       (?:\s+(?:choice|option|here|value|(?:to|for|of)\s[^.\n]{{1,80}}?))?
-      [\s*_]{{0,9}} (?:(?:would|must|should|will|can\s+only)\s+|therefore\s+|thus\s+|hence\s+)* {_LINK}
+      [\s*_]{{0,9}} (?:(?:would|must|should|will|can\s+only|therefore|thus|hence)\s+)* {_LINK}
       (?!\s*n[o']t\b) [\s*_:]*
     | \*\*\s*(?:final\s+)?answer\s*\*\*
     """,

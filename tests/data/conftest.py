@@ -19,7 +19,8 @@ TEXT = [
 
 CHATML = (
     "{%- for m in messages %}"
-    "{%- if loop.first and m.role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
+    "{%- if loop.first and m.role != 'system' %}"
+    "{{- '<|im_start|>system\nYou help.<|im_end|>\n' }}{%- endif %}"
     "{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -203,7 +203,7 @@ def test_teachers_that_do_not_belong_are_named(tokenizer_of: Any) -> None:
         tokenize_questions([], tokenizer_of(), teachers=["t0"])
 
 
-# ---- consensus, processes, cache ------------------------------------------------------------------
+# ---- consensus, processes, cache ----------------------------------------------------------------
 
 
 def test_consensus_scores_follow_the_rationales_that_stayed(tokenizer_of: Any) -> None:
