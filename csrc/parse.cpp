@@ -72,6 +72,12 @@ std::size_t skip_line_start(std::string_view t, std::size_t at) {
   return at;
 }
 
+// Does "-" or "-$" stand right before `at`?
+bool signed_at(std::string_view t, std::size_t at) {
+  if (at > 1 && t[at - 1] == '$') --at;
+  return at > 0 && t[at - 1] == '-';
+}
+
 // Does "<<" at `at` open a calculator note, "<<" [^<>\n]{0,200} ">>"?
 bool is_note(std::string_view t, std::size_t at, std::size_t& end) {
   std::size_t p = at + 2, limit = std::min(t.size(), at + 203);
@@ -174,6 +180,7 @@ void Parser::add_number(std::int64_t key, bool after_equals) {
     retract();
     equation_ = key;
     has_equation_ = has_tail_ = true;
+    tail_.clear();
   } else {
     (has_tail_ ? tail_ : step_).numbers.push_back(key);
   }
@@ -233,7 +240,7 @@ bool Parser::run(std::string_view text) {
       asked = false;
       add_shingle(fnv(spelling));
       std::int64_t key = number_key(spelling);
-      if (here > 0 && t[here - 1] == '-' && negative) key = -key;
+      if (negative && signed_at(t, here)) key = -key;
       if (target) target->number(key);
       if (!answer_.active) add_number(key, before == kEqual);
       before = kNumber;
@@ -272,7 +279,7 @@ bool Parser::run(std::string_view text) {
       if (info.kind == kOperatorWord) op = info.value;
       if (info.kind == kNumberWord && !answer_.active) {
         std::int64_t key = info.value * kMicro;
-        if (here > 0 && t[here - 1] == '-' && negative) key = -key;
+        if (negative && signed_at(t, here)) key = -key;
         if (target) target->number(key);
         add_number(key, before == kEqual);
         before = kNumber;
@@ -285,7 +292,7 @@ bool Parser::run(std::string_view text) {
         before = kOperator;
       } else if (info.kind == kEquals) {
         if (target) target->equals();
-        if (!answer_.active && has_tail_ && !tail_.numbers.empty() && !tail_.words.empty()) {
+        if (!answer_.active && has_tail_ && tail_.begins_equation()) {
           Step rest;
           std::swap(rest, tail_);
           has_tail_ = false;
@@ -296,6 +303,7 @@ bool Parser::run(std::string_view text) {
         before = kEqual;
       } else {
         if (target) target->word(lower_);
+        tail_.word = true;
         if (!answer_.active && info.kind != kStop) {
           bool plural = length > 3 && last == 's' && second_last != 's';
           add_word(mix(plural ? before_last : hash));
@@ -378,13 +386,14 @@ bool Parser::run(std::string_view text) {
         before = kClose;
       } else if (c == ',' || c == ':') {
         before = kStart;
+        tail_.comma = true;
       }
       if (op == 0) continue;
     }
     // ---- operators
     if (op == '=') {
       if (target) target->equals();
-      if (!answer_.active && has_tail_ && !tail_.numbers.empty() && !tail_.words.empty()) {
+      if (!answer_.active && has_tail_ && tail_.begins_equation()) {
         Step rest;
         std::swap(rest, tail_);
         has_tail_ = false;
@@ -395,9 +404,12 @@ bool Parser::run(std::string_view text) {
       before = kEqual;
       continue;
     }
-    if (op == '-') negative = before == kStart || before == kOperator || before == kEqual;
+    if (op == '-') {
+      negative = before == kStart || before == kOperator || before == kEqual;
+      if (negative) continue;  // a sign
+    }
     if (target) target->divide(op == '/');
-    if (!answer_.active && !(op == '-' && negative)) {
+    if (!answer_.active) {
       if (has_tail_ && tail_.numbers.empty() && (op != '-' || before == kNumber)) retract();
       (has_tail_ ? tail_ : step_).operators |= operator_bit(op);
     }

@@ -36,7 +36,12 @@ class Parser {
     std::vector<std::int64_t> numbers;
     std::vector<std::uint64_t> words;
     std::uint8_t operators = 0;
-    void clear() { numbers.clear(), words.clear(), operators = 0; }
+    bool comma = false, word = false;  // seen at all
+    // Does this, found between two "=", begin a new equation rather than continue a chain?
+    bool begins_equation() const {
+      return (!numbers.empty() && (word || comma)) || (word && comma);
+    }
+    void clear() { numbers.clear(), words.clear(), operators = 0, comma = word = false; }
     void take(Step& other);
   };
   void reset_step();

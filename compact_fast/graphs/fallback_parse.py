@@ -61,15 +61,22 @@ class Graph:
 class _Step:
     """What has been read of the step that is being read."""
 
-    __slots__ = ("cut", "equation", "last_word", "numbers", "operators", "words")
+    __slots__ = (
+        "comma", "cut", "equation", "last_word", "numbers", "operators", "word", "words",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.numbers: list[int] = []
         self.words: list[int] = []
         self.operators = 0
+        self.comma = self.word = False  # seen at all
         self.equation: int | None = None  # result after "="
         self.last_word = 0
         self.cut: _Step | None = None  # what followed a finished equation
+
+    def begins_equation(self) -> bool:
+        """Found between two "=": a new equation, rather than a link of a chain?"""
+        return (bool(self.numbers) and (self.word or self.comma)) or (self.word and self.comma)
 
     def merge(self) -> None:
         """Take back what followed the equation."""
@@ -201,6 +208,8 @@ class Parser:
                     before = "close"
                 elif token in ",:":
                     before = ""
+                    if step.cut is not None:
+                        step.cut.comma = True
                 if kind == "other":
                     continue
             if kind == "word":
@@ -227,7 +236,7 @@ class Parser:
             target = answer or boxed
             if kind == "number":
                 key = NUMBER_WORDS[word] * MICRO if word else number_key(token)
-                if data[here - 1 : here] == "-" and self.negative:
+                if self.negative and data[max(0, here - 2) : here].removesuffix("$")[-1:] == "-":
                     key = -key
                 if target is not None:
                     target.number(key)
@@ -237,23 +246,21 @@ class Parser:
             elif kind == "op":
                 if token == "-":
                     self.negative = before in ("", "op", "=")
+                    if self.negative:
+                        continue  # a sign
                 if token == "=":
                     if target is not None:
                         target.equals()
-                    if (
-                        answer is None
-                        and step.cut is not None
-                        and step.cut.numbers
-                        and step.cut.words
-                    ):
-                        tail, step.cut = step.cut, None
+                    tail = step.cut
+                    if answer is None and tail is not None and tail.begins_equation():
+                        step.cut = None
                         self._flush(step)
                         step = tail
                     before = "="
                 else:
                     if target is not None:
                         target.operator(token)
-                    if answer is None and not (token == "-" and self.negative):
+                    if answer is None:
                         open_tail = step.cut is not None and not step.cut.numbers
                         if open_tail and (token != "-" or before == "number"):
                             step.retract()  # "= 8 / 2" states no result
@@ -312,6 +319,8 @@ class Parser:
             step.numbers.append(key)
 
     def _word(self, step: _Step, word: str) -> None:
+        if step.cut is not None:
+            step.cut.word = True
         if word in STOP or not word:
             return
         if len(word) > 3 and word[-1] == "s" and word[-2] != "s":
