@@ -144,13 +144,13 @@ def _load_full(spec: str, dtype: torch.dtype) -> tuple[Any, Any]:
 def _load_gguf(path: Path, spec: str, dtype: torch.dtype) -> tuple[Any, Any]:
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(f"student={spec!r}: reading GGUF needs the package gguf: pip install gguf")
-    model, tokenizer = _from_pretrained(str(path.parent), spec, dtype, gguf_file=path.name)
-    # transformers has made plain weights of the file's, yet calls the model quantised, which bars
-    # training and saving it.
-    model.is_quantized, model.hf_quantizer = False, None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    return model, tokenizer
+    from transformers.utils import quantization_config
+
+    options: dict[str, Any] = {"gguf_file": path.name}
+    if hasattr(quantization_config, "GgufConfig"):
+        # Plain weights: newer versions may keep them packed, and bar such a model from training.
+        options["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
+    return _from_pretrained(str(path.parent), spec, dtype, **options)
 
 
 def _package_gguf(spec: str) -> Path:
@@ -175,8 +175,9 @@ def _from_pretrained(where: str, spec: str, dtype: torch.dtype, **kwargs: Any) -
     if not Path(where).exists():
         kwargs["local_files_only"] = not _on_hub(spec)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **kwargs)
+        kwargs.pop("quantization_config", None)
+        tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         if kwargs.get("local_files_only"):
             raise ValueError(
