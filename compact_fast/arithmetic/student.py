@@ -36,8 +36,8 @@ CHAT_TEMPLATE = (
 # Words of the rationale styles, and words that mark a turn of thought.
 _STYLE_WORDS = """
     First Then Next Let us see On there are begins with has groups of more fewer times as many
-    equal parts Finally we compare add and Step at the start for on in end We have After that
-    The So Therefore Thus Hence Consequently answer is then
+    equal parts Finally we compare add and Step at the start in end on Start End We have then After
+    that The So Therefore Thus Hence Consequently answer is
 """
 _THINKING_WORDS = """
     Therefore Thus Hence So Consequently Wait But However Although First Second Finally

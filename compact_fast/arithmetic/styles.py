@@ -5,56 +5,65 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from compact_fast.arithmetic.steps import Computed, Of
+from compact_fast.arithmetic.topics import TOPICS
 
-_GAIN = {"+": "more", "-": "fewer", "*": "times as many", "/": "equal parts"}
+_CHANGE = {"+": "more", "-": "fewer", "*": "times as many", "/": "equal parts"}
+_TOGETHER = ("together", "more")
+
+
+def _label(done: Computed) -> str:
+    """The step's place in the question; a branch's first step names its owner."""
+    when = done.step.when
+    when = "end" if when in _TOGETHER else when
+    return when if isinstance(done.step.left, Of) else f"{done.step.owner} {when}"
 
 
 def _where(done: Computed) -> str:
-    """The place in the question that a step belongs to."""
-    if done.step.when in ("together", "more"):
-        return "in the end"
-    if done.step.when == "start":
-        return f"at the start for {done.step.owner}"
-    return f"on {done.step.when}"
+    """The same in a sentence."""
+    when = done.step.when
+    place = (
+        "in the end" if when in _TOGETHER else "at the start" if when == "start" else f"on {when}"
+    )
+    return place if isinstance(done.step.left, Of) else f"{done.step.owner} {place}"
 
 
-def _start(solution: Sequence[Computed]) -> int | None:
-    left = solution[0].step.left
-    return None if isinstance(left, Of) or solution[0].step.when == "start" else left
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def plain(solution: Sequence[Computed]) -> str:
-    """One sentence a step, with its day."""
+    """One sentence a step, with its place in the story."""
     lead = ("First", "Then", "Next", "Then", "Then")
     body = [f"{word}, {_where(c)} {c.equation}." for word, c in zip(lead, solution, strict=False)]
     return " ".join([*body, f"So the answer is {solution[-1].result}."])
 
 
 def terse(solution: Sequence[Computed]) -> str:
-    """Equations only."""
-    return " ".join(
-        [*(f"{c.equation}." for c in solution), f"The answer is {solution[-1].result}."]
-    )
+    """A label and an equation a step."""
+    body = [f"{_capital(_label(c))} {c.equation}." for c in solution]
+    return " ".join([*body, f"The answer is {solution[-1].result}."])
 
 
 def verbose(solution: Sequence[Computed]) -> str:
     """Every step said in words before it is computed."""
     body = ["Let us see."]
-    if (start := _start(solution)) is not None:
-        body.append(f"{_name(solution[0].step.owner)} begins with {start}.")
     for c in solution:
-        if c.step.when in ("together", "more"):
-            both = f"Finally, we compare {c.left} with {c.right}"
-            if c.step.operator == "+":
-                both = f"Finally, we add {c.left} and {c.right}"
-            body.append(f"{both}, and {c.equation}.")
-        elif c.step.when == "start":
+        step = c.step
+        if not isinstance(step.left, Of) and step.when != "start":
+            body.append(f"{_capital(step.owner)} begins with {step.left}.")
+        if step.when in _TOGETHER:
+            what = f"we add {c.left} and {c.right}"
+            if step.operator == "-":
+                what = f"we compare {c.left} with {c.right}"
+            body.append(f"Finally, {what}, and {c.equation}.")
+        elif step.when == "start":
             body.append(
-                f"{_name(c.step.owner)} has {c.left} groups of {c.right}, and {c.equation}."
+                f"{_capital(step.owner)} has {c.left} groups of {c.right}, and {c.equation}."
             )
         else:
-            what = f"{c.right} {_GAIN[c.step.operator]}"
-            body.append(f"On {c.step.when} there are {what}, and {c.equation}.")
+            body.append(
+                f"On {step.when} there are {c.right} {_CHANGE[step.operator]}, and {c.equation}."
+            )
     return " ".join([*body, f"Therefore, the answer is {solution[-1].result}."])
 
 
@@ -67,14 +76,10 @@ def numbered(solution: Sequence[Computed]) -> str:
 def chained(solution: Sequence[Computed]) -> str:
     """Two steps to a sentence."""
     pairs = [solution[i : i + 2] for i in range(0, len(solution), 2)]
-    body = [", and then ".join(c.equation for c in pair) for pair in pairs]
+    body = [", and then ".join(f"{_where(c)} {c.equation}" for c in pair) for pair in pairs]
     lead = ("We have", "After that,", "After that,")
     said = [f"{word} {text}." for word, text in zip(lead, body, strict=False)]
     return " ".join([*said, f"Hence the answer is {solution[-1].result}."])
-
-
-def _name(owner: str) -> str:
-    return owner[0].upper() + owner[1:]
 
 
 STYLES: dict[str, Callable[[Sequence[Computed]], str]] = {
@@ -85,19 +90,12 @@ STYLES: dict[str, Callable[[Sequence[Computed]], str]] = {
     "chained": chained,
 }
 
-OPENINGS = {
-    "plain": "First",
-    "terse": "",  # begins with a number
-    "verbose": "Let",
-    "numbered": "Step",
-    "chained": "We",
-}
-"""The first word of each style, which tells the style of a text."""
+_OPENINGS = {"First": "plain", "Let": "verbose", "Step": "numbered", "We": "chained"}
+_OWNERS = {_capital(owner).split()[0] for topic in TOPICS for owner in topic.owners}
 
 
 def style_of(text: str) -> str | None:
-    """The style a rationale was written in, by its first word; None for text of another hand."""
-    word = text.split(maxsplit=1)[0].rstrip(",:.") if text.strip() else ""
-    if word.isdigit():
-        return "terse"
-    return next((name for name, opening in OPENINGS.items() if opening and word == opening), None)
+    """The style a rationale was written in, by its first word; None for a text of another hand."""
+    words = text.split(maxsplit=1)
+    first = words[0].rstrip(",:.") if words else ""
+    return "terse" if first in _OWNERS else _OPENINGS.get(first)

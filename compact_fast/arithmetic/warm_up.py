@@ -1,8 +1,8 @@
 """Make the shipped student: `python -m compact_fast.arithmetic.warm_up [FOLDER]`.
 
-It learns single operations and problems of one or two steps, in every style, from clean texts:
-enough that its scores mean something, while longer problems are left for distillation. On one
-machine the same command gives the same bits.
+It learns single operations and short problems, in every style, from clean texts, and sees a few
+longer ones towards the end: enough that its scores mean something, while most of the way to long
+problems is left for distillation. On one machine the same command gives the same bits.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import math
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,17 +20,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compact_fast.arithmetic.steps import OPERATORS, Computed, apply
+from compact_fast.arithmetic.steps import OPERATORS, apply, compute, reorder
 from compact_fast.arithmetic.student import CHECKPOINT, make_config, make_tokenizer
 from compact_fast.arithmetic.styles import STYLES
 from compact_fast.arithmetic.world import WorldOptions, generator, make_problem
 
 STEPS = 4000
-BATCH = 32
+BATCH = 20
+EASY_ONLY = 0.4  # share of the steps before longer problems come in
+LONG_SHARE = 0.4  # share of the steps with longer problems thereafter
 FACTS_PER_TEXT = 8
 LEARNING_RATE = 3e-3
 SEED = 20
 EASY = WorldOptions(min_steps=1, max_steps=2, any_first_day=True)
+LONG = WorldOptions(min_steps=3, max_steps=5, join_share=0.4)
 IGNORE = -100
 
 Example = tuple[list[int], list[int]]  # token ids, labels
@@ -54,20 +58,30 @@ def facts(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> Example:
     return ids, labels
 
 
-def easy_problem(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> Example:
-    """One easy problem with a right rationale in a random style."""
-    problem = make_problem(rng, EASY)
-    solution: list[Computed] = list(problem.solution)
+def worked_problem(
+    rng: random.Random, tokenizer: PreTrainedTokenizerFast, options: WorldOptions
+) -> Example:
+    """One problem with a right rationale in a random style and order."""
+    problem = make_problem(rng, options)
+    steps = reorder(problem.steps) if rng.random() < 0.5 else problem.steps
+    solution = compute(steps)
+    assert solution is not None
     rationale = STYLES[rng.choice(list(STYLES))](solution)
     prompt = tokenizer.encode(f"<user>{problem.question}<assistant>", add_special_tokens=False)
     completion = tokenizer.encode(f"{rationale}<end>", add_special_tokens=False)
     return prompt + completion, [IGNORE] * len(prompt) + completion
 
 
-def batch(step: int, tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """Token ids and labels [BATCH, L], padded on the right; a quarter of the texts are facts."""
+def batch(step: int, steps: int, tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    """Token ids and labels [BATCH, L], padded on the right; a fifth of the texts are facts."""
     rng = generator(SEED, "batch", step)
-    rows = [(facts if i % 4 == 0 else easy_problem)(rng, tokenizer) for i in range(BATCH)]
+    # Long or short as a whole: a mixed batch would be padding by half.
+    long = step >= EASY_ONLY * steps and rng.random() < LONG_SHARE
+    options = LONG if long else EASY
+    rows = [
+        facts(rng, tokenizer) if i % 5 == 0 else worked_problem(rng, tokenizer, options)
+        for i in range(BATCH)
+    ]
     length = max(len(ids) for ids, _ in rows)
     pad = tokenizer.pad_token_id
     ids = torch.tensor([i + [pad] * (length - len(i)) for i, _ in rows])
@@ -75,8 +89,13 @@ def batch(step: int, tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor
     return ids, labels
 
 
-def warm_up(steps: int = STEPS, *, report_every: int = 200) -> LlamaForCausalLM:
-    """Train a fresh student; changes torch's global seed."""
+def warm_up(
+    steps: int = STEPS, *, report: Callable[[int, float, LlamaForCausalLM], None] | None = None
+) -> LlamaForCausalLM:
+    """Train a fresh student; changes torch's global seed.
+
+    `report(step, loss, model)` is called every 100 steps.
+    """
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer()
     model = LlamaForCausalLM(make_config())
@@ -86,9 +105,8 @@ def warm_up(steps: int = STEPS, *, report_every: int = 200) -> LlamaForCausalLM:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1.0, (s + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * s / steps))
     )
-    start = time.perf_counter()
     for step in range(steps):
-        ids, labels = batch(step, tokenizer)
+        ids, labels = batch(step, steps, tokenizer)
         hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
         kept = labels[:, 1:] != IGNORE
         loss = F.cross_entropy(model.lm_head(hidden[kept]), labels[:, 1:][kept])
@@ -97,9 +115,8 @@ def warm_up(steps: int = STEPS, *, report_every: int = 200) -> LlamaForCausalLM:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if report_every and (step + 1) % report_every == 0:
-            seconds = time.perf_counter() - start
-            print(f"step {step + 1}/{steps}  loss {loss.item():.4f}  {seconds:.0f} s", flush=True)
+        if report is not None and (step + 1) % 100 == 0:
+            report(step + 1, loss.item(), model)
     return model
 
 
@@ -125,7 +142,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # the order of sums, and so every bit, depends on it
     torch.use_deterministic_algorithms(True)
-    model = warm_up(options.steps)
+    start = time.perf_counter()
+
+    def report(step: int, loss: float, _: LlamaForCausalLM) -> None:
+        seconds = time.perf_counter() - start
+        print(f"step {step}/{options.steps}  loss {loss:.4f}  {seconds:.0f} s", flush=True)
+
+    model = warm_up(options.steps, report=report)
     save(model, options.folder)
     size = (options.folder / "model.safetensors").stat().st_size
     print(f"{options.folder}: {model.num_parameters():,} parameters, {size / 1e6:.2f} MB")

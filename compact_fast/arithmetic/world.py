@@ -32,7 +32,7 @@ class WorldOptions:
     operators: tuple[Operator, ...] = OPERATORS
     distractor_share: float = 0.3
     """Share of questions with a sentence whose number has no part in the solution."""
-    join_share: float = 0.3
+    join_share: float = 0.2
     """Share, among problems of three steps or more, with two independent branches."""
     any_first_day: bool = False
     """Events may begin on any day, not only on Monday (used to warm the student up)."""
