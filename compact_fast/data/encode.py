@@ -89,8 +89,8 @@ class Encoder:
             encoded.append(Encoded(prompt_ids[i], completions, prior_completion, gold[i]))
         return encoded
 
-    def _batch(self, texts: Sequence[str], **options: Any) -> Any:
-        return self.tokenizer(list(texts), add_special_tokens=False, **options)["input_ids"]
+    def _batch(self, texts: Sequence[str]) -> Any:
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
     def _completions(
         self, jobs: Sequence[_Job], prompt_ids: Sequence[list[int]]
@@ -136,7 +136,10 @@ class Encoder:
         if not texts:
             return []
         encoded = self.tokenizer(
-            list(texts), add_special_tokens=False, return_offsets_mapping=self.has_offsets
+            list(texts),
+            add_special_tokens=False,
+            return_offsets_mapping=self.has_offsets,
+            verbose=False,  # no warning about texts longer than the tokenizer's own limit
         )
         offsets = encoded["offset_mapping"] if self.has_offsets else [None] * len(texts)
         return list(zip(encoded["input_ids"], offsets, strict=True))

@@ -91,6 +91,7 @@ def find_span(text: str, gold: str, choices: Sequence[str] | None = None) -> tup
 
 # More statements than this are not read: each costs a pass over the text behind it.
 MAX_STATEMENTS = 16
+TAIL = 400
 
 # ---- statements ------------------------------------------------------------------------------
 
@@ -113,7 +114,10 @@ _SENTENCE_END = re.compile(r"[.!?][)\]\"'”*$]*(?=\s|$)|\n+")
 
 def _statements(text: str) -> Iterator[tuple[int, int]]:
     """Ranges of text right behind "the answer is", "####" or a box; the last one first."""
-    for marker in reversed(list(_MARKER.finditer(text))[-MAX_STATEMENTS:]):
+    # Most texts state their answer at the end; only others are searched from the beginning.
+    markers = list(_MARKER.finditer(text, max(0, len(text) - TAIL)))
+    markers = markers or list(_MARKER.finditer(text))
+    for marker in reversed(markers[-MAX_STATEMENTS:]):
         start = marker.end()
         if "boxed" in marker[0] or "fbox" in marker[0]:
             yield start + 1, _closing_brace(text, start)

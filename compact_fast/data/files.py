@@ -52,7 +52,8 @@ def raw_rows(source: str | Path, split: str) -> Iterator[RawRow]:
         if suffix == ".json":
             return _json_rows(path, data)
         return _json_lines(path, data)
-    if path.suffix.lower() in SUFFIXES or str(source).startswith((".", "/", "~")):
+    named_as_file = path.suffix.lower() in SUFFIXES or str(source).startswith((".", "/", "~"))
+    if named_as_file or (path.parent != Path(".") and path.parent.is_dir()):
         raise ValueError(f"{source}: no such file{_near_files(path)}")
     return _dataset_rows(str(source), split, local=False)
 
@@ -193,10 +194,8 @@ def _dataset_rows(name: str, split: str, *, local: bool) -> Iterator[RawRow]:
 def _not_loaded(name: str, error: Exception, *, local: bool) -> str:
     if local:
         return f"{name}: the folder cannot be read as a dataset: {_one_line(error)}"
-    return (
-        f"{name}: neither a file here{_near_files(Path(name))} nor a dataset that could be loaded "
-        f"from the hub ({_one_line(error)})"
-    )
+    near = nearest(name, sorted(p.name for p in Path().iterdir()))
+    return f"{name}: no such file{near}, and no dataset on the hub ({_one_line(error)})"
 
 
 def _one_line(error: Exception) -> str:

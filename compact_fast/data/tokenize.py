@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
+
 from compact_fast.data import cache
 from compact_fast.data.encode import Completion, Encoder, thinking_token_ids
 from compact_fast.data.records import Question, nearest
@@ -22,6 +24,8 @@ THINKING_WORDS = (
 )  # fmt: skip
 
 Row = dict[str, Any]
+# Questions encoded in one call of the tokenizer, and by one worker at a time.
+CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,10 @@ class TokenizedData:
     teachers: list[str]
     thinking_ids: list[int]
     report: dict[str, Any] = field(default_factory=dict)
-    """Counts: questions, rationales, tokens, prompt_tokens, completion_tokens, longest, truncated,
-    dropped_rationales and dropped_questions by reason, answer_spans, teachers (rationales, right,
-    wrong, unknown, tokens by name), from_cache."""
+    """Counts: questions_read, questions, rationales, tokens, prompt_tokens, completion_tokens,
+    longest, answer_spans (rationales that state the gold answer), truncated, ends_early (texts
+    that hold the end-of-turn token themselves), dropped_rationales and dropped_questions by
+    reason, teachers (rationales, right, wrong, unknown, tokens by name); and from_cache."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -131,12 +136,12 @@ def tokenize_questions(
                     + nearest(r.teacher, teachers)
                 )
 
-    def build() -> tuple[list[Row], dict[str, Any]]:
+    def build() -> tuple[Any, dict[str, Any]]:
         rows, counts = _tokenize(questions, tokenizer, teachers, options, num_proc)
-        return rows, _report(rows, counts, questions, teachers)
+        return rows, _report(len(questions), teachers, counts)
 
-    key = cache.key(questions, tokenizer, teachers, options) if cache_dir else None
-    rows, report = cache.rows(build, cache_dir, key, say)
+    key = cache.key(questions, tokenizer, teachers, options) if cache_dir else ""
+    rows, report = cache.kept(build, cache_dir, key, say)
     if not len(rows):
         raise ValueError(
             f"no rationale of {len(questions)} questions is left: {report['dropped_rationales']}, "
@@ -171,10 +176,9 @@ def _tokenize(
     teachers: Sequence[str],
     options: TokenizeOptions,
     num_proc: int,
-) -> tuple[list[Row], Counter[str]]:
+) -> tuple[Any, Counter[str]]:
     numbered = list(enumerate(questions))
-    size = 512
-    chunks = [numbered[i : i + size] for i in range(0, len(numbered), size)]
+    chunks = [numbered[i : i + CHUNK] for i in range(0, len(numbered), CHUNK)]
     arguments = (tokenizer, list(teachers), options)
     if num_proc <= 1 or len(chunks) == 1:
         work = _Work(*arguments)
@@ -188,11 +192,12 @@ def _tokenize(
             initargs=arguments,
         ) as pool:
             results = list(pool.map(_work_in_worker, chunks))
-    rows = [row for part, _ in results for row in part]
     counts: Counter[str] = Counter()
-    for _, part_counts in results:
-        counts.update(part_counts)
-    return rows, counts
+    for _, part in results:
+        counts["longest"], longest = 0, max(counts["longest"], part["longest"])
+        counts.update(part)
+        counts["longest"] = longest
+    return datasets.concatenate_datasets([rows for rows, _ in results]), counts
 
 
 _worker: _Work | None = None
@@ -203,7 +208,7 @@ def _start_worker(*arguments: Any) -> None:
     _worker = _Work(*arguments)
 
 
-def _work_in_worker(chunk: list[tuple[int, Question]]) -> tuple[list[Row], Counter[str]]:
+def _work_in_worker(chunk: list[tuple[int, Question]]) -> tuple[Any, Counter[str]]:
     assert _worker is not None
     return _worker(chunk)
 
@@ -221,7 +226,7 @@ class _Work:
         self.teacher_id = {name: i for i, name in enumerate(teachers)}
         self.options = options
 
-    def __call__(self, chunk: list[tuple[int, Question]]) -> tuple[list[Row], Counter[str]]:
+    def __call__(self, chunk: list[tuple[int, Question]]) -> tuple[Any, Counter[str]]:
         counts: Counter[str] = Counter()
         rows = []
         encoded = self.encoder([q for _, q in chunk], self.options.prior_prefix)
@@ -248,6 +253,9 @@ class _Work:
                 if fitted is None:
                     continue
                 start, end = fitted.span
+                end_of_turn = self.encoder.chat.end_ids
+                if end_of_turn[-1] in fitted.ids[: -len(end_of_turn)]:
+                    counts["ends_early"] += 1
                 row["completion_ids"].append(fitted.ids)
                 row["teacher_ids"].append(self.teacher_id[rationale.teacher])
                 row["rationale_index"].append(k)
@@ -257,10 +265,11 @@ class _Work:
                 row["correct"].append(-1 if rationale.correct is None else int(rationale.correct))
             if row["completion_ids"]:
                 rows.append(row)
+                _count(row, question, counts)
             else:
                 reason = "no rationale left" if question.rationales else "no rationales"
                 counts[f"question: {reason}"] += 1
-        return rows, counts
+        return cache.as_dataset(rows), counts
 
     def _fit(
         self,
@@ -307,49 +316,39 @@ def _place(question: Question) -> str:
     )
 
 
-def _report(
-    rows: Sequence[Row],
-    counts: Counter[str],
-    questions: Sequence[Question],
-    teachers: Sequence[str],
-) -> dict[str, Any]:
-    by_teacher = {
-        name: {"rationales": 0, "right": 0, "wrong": 0, "unknown": 0, "tokens": 0}
-        for name in teachers
-    }
-    totals: Counter[str] = Counter()
-    for row in rows:
-        prompt = len(row["prompt_ids"])
-        totals["prompt_tokens"] += prompt
-        for k, ids in enumerate(row["completion_ids"]):
-            totals["rationales"] += 1
-            totals["completion_tokens"] += len(ids)
-            totals["tokens"] += prompt + len(ids)
-            totals["longest"] = max(totals["longest"], prompt + len(ids))
-            totals["answer_spans"] += row["answer_spans"][k][1] > 0
-            entry = by_teacher[teachers[row["teacher_ids"][k]]]
-            entry["rationales"] += 1
-            entry["tokens"] += len(ids)
-            entry[("wrong", "right", "unknown")[row["correct"][k]]] += 1
-    dropped: dict[str, dict[str, int]] = {"rationale": {}, "question": {}}
-    for reason, count in counts.items():
-        kind, _, why = reason.partition(": ")
-        if why:
-            dropped[kind][why] = count
-    names = (
-        "rationales",
-        "tokens",
-        "prompt_tokens",
-        "completion_tokens",
-        "longest",
-        "answer_spans",
-    )
+def _count(row: Row, question: Question, counts: Counter[str]) -> None:
+    prompt = len(row["prompt_ids"])
+    counts["questions"] += 1
+    counts["prompt_tokens"] += prompt
+    for k, ids in enumerate(row["completion_ids"]):
+        counts["rationales"] += 1
+        counts["completion_tokens"] += len(ids)
+        counts["tokens"] += prompt + len(ids)
+        counts["longest"] = max(counts["longest"], prompt + len(ids))
+        counts["answer_spans"] += row["answer_spans"][k][1] > 0
+        teacher = question.rationales[row["rationale_index"][k]].teacher
+        judged = ("wrong", "right", "unknown")[row["correct"][k]]
+        counts[f"teacher rationales {teacher}"] += 1
+        counts[f"teacher {judged} {teacher}"] += 1
+        counts[f"teacher tokens {teacher}"] += len(ids)
+
+
+_TOTALS = (
+    *("questions", "rationales", "tokens", "prompt_tokens", "completion_tokens", "longest"),
+    *("answer_spans", "truncated", "ends_early"),
+)
+
+
+def _report(read: int, teachers: Sequence[str], counts: Counter[str]) -> dict[str, Any]:
+    def by_reason(kind: str) -> dict[str, int]:
+        start = f"{kind}: "
+        return {k.removeprefix(start): n for k, n in counts.items() if k.startswith(start)}
+
+    columns = ("rationales", "right", "wrong", "unknown", "tokens")
     return {
-        "questions_read": len(questions),
-        "questions": len(rows),
-        **{name: int(totals[name]) for name in names},
-        "truncated": counts["truncated"],
-        "dropped_rationales": dropped["rationale"],
-        "dropped_questions": dropped["question"],
-        "teachers": by_teacher,
+        "questions_read": read,
+        **{name: counts[name] for name in _TOTALS},
+        "dropped_rationales": by_reason("rationale"),
+        "dropped_questions": by_reason("question"),
+        "teachers": {t: {c: counts[f"teacher {c} {t}"] for c in columns} for t in teachers},
     }

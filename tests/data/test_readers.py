@@ -211,7 +211,7 @@ def test_hub_datasets_are_loaded_by_name(monkeypatch: pytest.MonkeyPatch) -> Non
         raise ConnectionError("no network\nat all")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(ValueError, match=r"neither a file here.*ConnectionError: no network at all"):
+    with pytest.raises(ValueError, match=r"no such file.*hub \(ConnectionError: no network"):
         read_questions("owner/name")
 
 
@@ -419,6 +419,8 @@ def test_files_that_cannot_be_read_at_all(tmp_path: Path) -> None:
         read_questions(tmp_path / "trian.jsonl")
     with pytest.raises(ValueError, match="no such file; there is no folder"):
         read_questions(tmp_path / "nowhere" / "train.jsonl")
+    with pytest.raises(ValueError, match=r"train: no such file; did you mean train.jsonl"):
+        read_questions(tmp_path / "train")
     for name, content, message in (
         ("empty.jsonl", b"", "the file is empty"),
         ("blank.jsonl", b"\n \n", "the file is empty"),

@@ -57,6 +57,11 @@ def test_row_of_a_question(tokenizer_of: Any) -> None:
     assert report["tokens"] == sum(len(row["prompt_ids"]) + len(c) for c in row["completion_ids"])
 
 
+def test_texts_that_end_early_are_counted(tokenizer_of: Any) -> None:
+    data = run(tokenizer_of(), question("It is 72.<|im_end|> Next!", "The answer is 72"))
+    assert data.report["ends_early"] == 1
+
+
 def test_unknown_correctness_is_minus_one(tokenizer_of: Any) -> None:
     q = Question("q", "How many?", "72", [Rationale("t", "Many.")])
     data = run(tokenizer_of(), q)
