@@ -272,9 +272,7 @@ def logits_exp(
 
 def can_describe(*tensors: Tensor) -> bool:
     """Whether bulk copies can address these: 16-byte aligned base and rows."""
-    return all(
-        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors
-    )
+    return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
 
 
 def logits_exp_ref(
@@ -295,7 +293,11 @@ def logits_exp_ref(
     d[labelled, targets[labelled]] = -torch.inf
     e = d.exp()
     parts = [
-        (part.exp().sum(1), torch.where(part.exp() > 0, part.exp() * part, 0.0).sum(1), part.amax(1))
+        (
+            part.exp().sum(1),
+            torch.where(part.exp() > 0, part.exp() * part, 0.0).sum(1),
+            part.amax(1),
+        )
         for part in d.split(block_n, 1)
     ]
     total, dot, top = (torch.stack(column) for column in zip(*parts, strict=True))

@@ -1,8 +1,9 @@
 """Portable tier: logits by the library's GEMM, then one pass over each row in place.
 
-float32 logits [n, V] become E = exp(z - max) in the same memory, in float32 or bfloat16; the label's
-entry becomes exp(z_y - max) - S, so that E / S = softmax - onehot. A bfloat16 row takes the first
-half of the bytes of its float32 row: every element is written behind the ones still to be read.
+float32 logits [n, V] become E = exp(z - max) in the same memory, in float32 or bfloat16; the
+label's entry becomes exp(z_y - max) - S, so that E / S = softmax - onehot. A bfloat16 row takes
+the first half of the bytes of its float32 row: every element is written behind the ones still to
+be read.
 """
 
 from __future__ import annotations

@@ -39,9 +39,7 @@ def measure_rows(
         return out
     config = gemm_config(x, statistics=statistics, bias=bias is not None)
     partials = new_partials(n, weight, config, statistics=statistics)
-    logits_exp(
-        x, weight, bias, targets, out.offset, exps, partials, config, statistics=statistics
-    )
+    logits_exp(x, weight, bias, targets, out.offset, exps, partials, config, statistics=statistics)
     finish_rows(partials, label_logit, targets, None, out, redone=False)
     logits_exp(
         x, weight, bias, targets, out.offset, exps, partials, config, statistics=statistics,

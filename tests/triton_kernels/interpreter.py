@@ -41,7 +41,5 @@ def _cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
     return _cast(self, src, dst_type)
 
 
-
-
 InterpreterBuilder.create_dot = _create_dot
 InterpreterBuilder.cast_impl = _cast_impl

@@ -1,0 +1,139 @@
+"""The `triton` backend: the fused pass on CUDA and ROCm devices.
+
+Constructible everywhere: triton is imported when it is needed, and `can_run` says what is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from compact_fast.backends.protocol import ABI, Gradients, LossResult, Needs, RunSpec
+from compact_fast.config import CompactConfig
+from compact_fast.layout import TokenLayout
+
+# 3,500 rows of a 151,936-word vocabulary in bfloat16: the 2-4 thousand that a GPU needs to keep
+# its matrix units busy in the head's gradient
+CHUNK_BYTES = 1 << 30
+HOLD_BYTES = 4 << 30
+
+Tier = Literal["auto", "fused", "library"]
+
+
+@dataclass(frozen=True)
+class TritonBackend:
+    """Log-likelihoods, scores, weights, loss and gradients in one pass over the logits.
+
+    chunk_bytes: memory for exponentials held at once; chunks hold whole questions when the head is
+        trained.
+    hold_bytes: the same for one question that does not fit a chunk; beyond it, that question is
+        passed over twice.
+    tier: "fused": a GEMM with exp in its epilogue, for bfloat16; "library": the vendor's GEMM and
+        a pass over each row; "auto": fused where it can run.
+    """
+
+    chunk_bytes: int = CHUNK_BYTES
+    hold_bytes: int = HOLD_BYTES
+    tier: Tier = "auto"
+    name: str = "triton"
+    abi: int = ABI
+
+    def can_run(self, spec: RunSpec) -> bool | str:
+        """True, or what is missing."""
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install compact-fast[triton])"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if spec.device.type != "cuda" and not (interpreted and spec.device.type == "cpu"):
+            return f"no Triton kernels for device {spec.device.type!r}; it needs CUDA or ROCm"
+        if spec.device.type == "cuda" and torch.version.hip is None:
+            major, minor = torch.cuda.get_device_capability(spec.device)
+            if major < 8:
+                return f"compute capability {major}.{minor} is below 8.0"
+        if spec.dtype not in (torch.bfloat16, torch.float32):
+            return f"dtype {spec.dtype} is neither bfloat16 nor float32"
+        if self.tier == "fused" and spec.dtype != torch.bfloat16:
+            return f"tier='fused' needs bfloat16, not {spec.dtype}"
+        from compact_fast.triton_kernels.products import library_is_wide
+
+        if spec.dtype == torch.bfloat16 and not library_is_wide():
+            return f"torch {torch.__version__} cannot multiply bfloat16 into float32; it needs 2.8"
+        return True
+
+    def score_and_loss(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layout: TokenLayout,
+        consensus: Tensor | None,
+        attention: Tensor | None,
+        config: CompactConfig,
+        normalizer: float | None,
+        needs: Needs,
+        statistics: bool,
+    ) -> LossResult:
+        """See CompactBackend. The layout may also lie on the CPU: then nothing waits for the
+        device."""
+        from compact_fast.backends.triton_pass import TritonPass
+        from compact_fast.backends.triton_plan import make_plan
+        from compact_fast.backends.triton_rows import DeviceHead
+
+        head = DeviceHead.of(self, hidden, weight, bias)
+        work = TritonPass(
+            head=head,
+            layout=layout.to(hidden.device, non_blocking=True),
+            plan=make_plan(layout.to("cpu"), config, hidden.device, head.max_rows),
+            consensus=consensus,
+            attention=attention,
+            config=config,
+            normalizer=normalizer,
+            statistics=statistics,
+        )
+        return work.run(hidden, weight, bias, needs)
+
+    def token_logp(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        statistics: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """See CompactBackend."""
+        from compact_fast.backends.triton_rows import DeviceHead, TokenStatistics
+
+        head = DeviceHead.of(self, hidden, weight, bias)
+        stats = TokenStatistics.empty(targets, statistics=statistics)
+        for rows in torch.split((targets >= 0).nonzero().squeeze(1), head.max_rows):
+            x, y = head.take(hidden, rows), targets[rows]
+            stats.record(rows, head.measure(x, y, keep=False, statistics=statistics)[1])
+        return stats.logp, stats.entropy, stats.correct
+
+    def token_logp_gradients(
+        self,
+        grad_logp: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        needs: Needs,
+    ) -> Gradients:
+        """See CompactBackend; logits are made again."""
+        from compact_fast.backends.torch_backend import _GradientSums
+        from compact_fast.backends.triton_rows import DeviceHead
+
+        head = DeviceHead.of(self, hidden, weight, bias)
+        grads = _GradientSums.zeros(hidden, weight, bias, needs, torch.float32)
+        wanted = (targets >= 0) & (grad_logp != 0)
+        for rows in torch.split(wanted.nonzero().squeeze(1), head.max_rows):
+            x = head.take(hidden, rows)
+            exps, out = head.measure(x, targets[rows], keep=True, statistics=False)
+            assert exps is not None
+            factor = -grad_logp[rows].float() / out.total
+            head.add_gradients(grads, rows, x, exps, factor, add=False)
+        return grads.finish(1.0, hidden, weight, bias)

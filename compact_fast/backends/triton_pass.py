@@ -1,0 +1,263 @@
+"""One evaluation of the loss on a GPU, without waiting for the device in between."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compact_fast.backends.protocol import LossResult, Needs
+from compact_fast.backends.torch_backend import _GradientSums as GradientSums
+from compact_fast.backends.triton_plan import (
+    ConsistencyPlan,
+    Group,
+    Plan,
+    information_of,
+    weight_rule,
+)
+from compact_fast.backends.triton_rows import DeviceHead, TokenStatistics
+from compact_fast.config import CompactConfig
+from compact_fast.layout import TokenLayout
+from compact_fast.triton_kernels.consistency import consistency
+from compact_fast.triton_kernels.gradient_rows import clear_rows, row_factors, scale_rows
+from compact_fast.triton_kernels.row_statistics import RowStatistics, row_dot
+from compact_fast.triton_kernels.teacher_weights import Weights, sequence_scores, teacher_weights
+
+
+@dataclass(frozen=True)
+class _Scores:
+    mi: Tensor  # [S]
+    nll: Tensor  # [S]
+    shares: Weights
+
+
+@dataclass(frozen=True)
+class TritonPass:
+    """One evaluation of the loss. Everything is on the device."""
+
+    head: DeviceHead
+    layout: TokenLayout
+    plan: Plan
+    consensus: Tensor | None
+    attention: Tensor | None
+    config: CompactConfig
+    normalizer: float | None
+    statistics: bool
+
+    def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> LossResult:
+        """Loss, figures, and the gradients that are needed."""
+        grads = GradientSums.zeros(hidden, weight, bias, needs, torch.float32)
+        stats = TokenStatistics.empty(self.layout.targets, statistics=self.statistics)
+        gold_logit = self._gold_logit(hidden)
+        if grads.head:
+            parts = [
+                self._trained_group(group, hidden, stats, gold_logit, grads)
+                for group in self.plan.groups
+            ]
+        else:
+            parts = [self._frozen(hidden, stats, gold_logit, grads.hidden)]
+        scores = _join(parts)
+        shares, alpha = scores.shares, scores.shares.weights
+        divergence = self._consistency(hidden, alpha, grads)
+        normalizer: Any = self.normalizer
+        if normalizer is None:
+            normalizer = (~shares.skipped).sum().clamp(min=1)
+        sft = torch.where(alpha > 0, alpha * scores.nll, 0.0).double().sum() / normalizer
+        pull = self.config.consistency_weight * divergence.double().sum() / normalizer
+        return LossResult(
+            loss=(sft + pull).float(),
+            loss_sft=sft.float(),
+            loss_consistency=pull.float(),
+            gradients=grads.finish(normalizer, hidden, weight, bias),
+            weights=alpha,
+            nll=scores.nll,
+            mi=scores.mi,
+            consensus=shares.consensus,
+            score=shares.score,
+            token_logp=stats.logp,
+            consistency=divergence,
+            filtered=shares.filtered,
+            nonfinite=shares.nonfinite,
+            skipped=shares.skipped,
+            token_entropy=stats.entropy,
+            token_correct=stats.correct,
+        )
+
+    # ---- rows --------------------------------------------------------------------------------
+
+    def _frozen(
+        self, hidden: Tensor, stats: TokenStatistics, gold_logit: Tensor | None, out: Tensor | None
+    ) -> _Scores:
+        """A frozen head: rows are made without their weights, which multiply them at the end."""
+        layout, rows = self.layout, self.plan.rows
+        for at in torch.split(rows, self.head.max_rows):
+            x, y = self.head.take(hidden, at), layout.targets[at]
+            exps, measured = self.head.measure(
+                x, y, keep=out is not None, statistics=self.statistics
+            )
+            stats.record(at, measured)
+            if out is not None and exps is not None:
+                unscaled = GradientSums(out, None, None)
+                self.head.add_gradients(
+                    unscaled, at, x, exps, measured.total.reciprocal(), add=False
+                )
+        everything = Group(slice(0, layout.num_questions), slice(0, layout.num_sequences), slice(0))
+        scores = self._score(everything, stats, gold_logit)
+        if out is not None:
+            ones = torch.ones(rows.numel(), dtype=torch.float32, device=rows.device)
+            factor = self._factors(everything, rows, ones, scores)
+            scale_rows(out, factor, out, source=rows, to=rows)
+        return scores
+
+    def _trained_group(
+        self,
+        group: Group,
+        hidden: Tensor,
+        stats: TokenStatistics,
+        gold_logit: Tensor | None,
+        grads: GradientSums,
+    ) -> _Scores:
+        """A trained head needs the weights before its product: rows are held, or made twice."""
+        layout = self.layout
+        rows = self.plan.rows[group.rows]
+        n = rows.numel()
+        if 0 < n <= self.head.most_held_rows:
+            x, y = self.head.take(hidden, rows), layout.targets[rows]
+            exps, measured = self.head.measure(x, y, keep=True, statistics=self.statistics)
+            stats.record(rows, measured)
+            scores = self._score(group, stats, gold_logit)
+            assert exps is not None
+            self._add(group, rows, x, exps, measured, scores, grads)
+            return scores
+        chunks = torch.split(rows, self.head.max_rows) if n else ()
+        for at in chunks:
+            x, y = self.head.take(hidden, at), layout.targets[at]
+            stats.record(at, self.head.measure(x, y, keep=False, statistics=self.statistics)[1])
+        scores = self._score(group, stats, gold_logit)
+        for at in chunks:
+            x, y = self.head.take(hidden, at), layout.targets[at]
+            exps, measured = self.head.measure(x, y, keep=True, statistics=False)
+            assert exps is not None
+            self._add(group, at, x, exps, measured, scores, grads)
+        return scores
+
+    def _add(
+        self,
+        group: Group,
+        rows: Tensor,
+        x: Tensor,
+        exps: Tensor,
+        measured: RowStatistics,
+        scores: _Scores,
+        grads: GradientSums,
+    ) -> None:
+        factor = self._factors(group, rows, measured.total, scores)
+        clear_rows(exps, factor, measured.total)
+        self.head.add_gradients(grads, rows, x, exps, factor, add=False)
+
+    def _factors(self, group: Group, rows: Tensor, total: Tensor, scores: _Scores) -> Tensor:
+        """alpha / |A| / total of each row; 0 without a label or a weight, [n]."""
+        layout, s = self.layout, group.sequences
+        return row_factors(
+            scores.shares.weights,
+            layout.label_counts[s],
+            layout.token_sequence[rows],
+            layout.targets[rows],
+            total,
+            first_sequence=s.start,
+        )
+
+    # ---- scores ------------------------------------------------------------------------------
+
+    def _gold_logit(self, hidden: Tensor) -> Tensor | None:
+        """<h_t, mean of the question's gold rows> where MI needs it, 0 elsewhere, [T]."""
+        layout, plan = self.layout, self.plan
+        if layout.gold_ids is None or layout.cu_gold is None or self.config.mi == "pvi":
+            return None
+        counts = layout.cu_gold.diff()
+        rows = self.head.weight[layout.gold_ids].float()
+        # in the order of the tokens; index_add would use atomics
+        total = torch.segment_reduce(rows, "sum", lengths=counts, axis=0, unsafe=True)
+        gold = total / counts[:, None]  # [Q, D]; NaN without a gold answer
+        out = torch.zeros(layout.num_tokens, dtype=torch.float32, device=layout.device)
+        out[plan.information_rows] = row_dot(
+            hidden.detach(), gold, plan.information_question, rows=plan.information_rows
+        )
+        return out
+
+    def _score(self, group: Group, stats: TokenStatistics, gold_logit: Tensor | None) -> _Scores:
+        """Scores and weights of the group's sequences, once their statistics are there."""
+        layout, config, s, q = self.layout, self.config, group.sequences, group.questions
+        mi, nll = sequence_scores(
+            stats.logp,
+            layout.targets,
+            layout.cu_seqlens[s.start : s.stop + 1],
+            information_of(layout, config, gold_logit, stats.logsumexp, s),
+        )
+        rule, consensus, shares = weight_rule(layout, config, self.consensus, self.attention)
+        weights = teacher_weights(
+            mi,
+            nll,
+            None if consensus is None else consensus[s],
+            None if self.attention is None else self.attention[s],
+            None if shares is None else shares[s],
+            layout.cu_teachers[q.start : q.stop + 1],
+            rule,
+            most_teachers=self.plan.most_teachers,
+            first_sequence=s.start,
+        )
+        return _Scores(mi, nll, weights)
+
+    # ---- consistency and the loss ------------------------------------------------------------
+
+    def _consistency(self, hidden: Tensor, alpha: Tensor, grads: GradientSums) -> Tensor:
+        """sum_{i<j} alpha_i alpha_j D_ij of each question, [Q]; lambda x its gradient is added."""
+        plan = self.plan.consistency
+        if plan is None:
+            return alpha.new_zeros(self.layout.num_questions)
+        step = max(1, self.head.chunk_bytes // (4 * self.head.vocab * plan.teachers))
+        step *= plan.teachers
+        values = [
+            self._consistency_block(hidden, alpha, plan, slice(a, a + step), grads)
+            for a in range(0, plan.rows.numel(), step)
+        ]
+        value = torch.cat(values).double()
+        return torch.segment_reduce(value, "sum", lengths=plan.tokens, unsafe=True).float()
+
+    def _consistency_block(
+        self,
+        hidden: Tensor,
+        alpha: Tensor,
+        plan: ConsistencyPlan,
+        block: slice,
+        grads: GradientSums,
+    ) -> Tensor:
+        rows, lengths = plan.rows[block], plan.lengths[block]
+        weight = alpha[plan.sequences[block]]
+        x = hidden[rows.clamp(min=0)].to(self.head.weight.dtype)
+        logits = self.head.logits(x)
+        grad = torch.empty_like(logits, dtype=self.head.weight.dtype)
+        value = consistency(
+            logits,
+            weight,
+            lengths,
+            grad,
+            teachers=plan.teachers,
+            pair_floor=self.config.pair_floor,
+        )
+        there = (lengths > 0) & (weight > 0)
+        factor = torch.where(there, self.config.consistency_weight, 0.0).float()
+        self.head.add_gradients(grads, rows, x, grad, factor, add=True)
+        return value
+
+
+def _join(parts: list[_Scores]) -> _Scores:
+    """Groups of questions, one behind another."""
+    names = ("weights", "score", "consensus", "filtered", "nonfinite", "skipped")
+    return _Scores(
+        torch.cat([part.mi for part in parts]),
+        torch.cat([part.nll for part in parts]),
+        Weights(**{n: torch.cat([getattr(part.shares, n) for part in parts]) for n in names}),
+    )

@@ -1,0 +1,203 @@
+"""The whole backend against the reference in float64, from the same low-precision inputs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from compact_fast import CompactConfig
+from compact_fast.backends.protocol import Needs, RunSpec
+from compact_fast.backends.reference_backend import ReferenceBackend
+from compact_fast.backends.triton_backend import TritonBackend
+from compact_fast.layout import TokenLayout
+from compact_fast.triton_kernels import launch
+
+REFERENCE = ReferenceBackend()
+ALL = Needs(True, True, True)
+
+
+def batch(V=83, D=32, dtype=torch.float32, seed=0, teachers=(3, 1, 2)):
+    """Prompt and completion lengths differ; one sequence without labels, one unstated answer."""
+    g = torch.Generator().manual_seed(seed)
+    S = sum(teachers)
+    prompt = torch.randint(1, 4, (S,), generator=g)
+    labels = torch.randint(2, 12, (S,), generator=g)
+    labels[1] = 0
+    targets = torch.cat(
+        [
+            torch.cat([torch.full((int(p),), -100), torch.randint(0, V, (int(n),), generator=g)])
+            for p, n in zip(prompt, labels, strict=True)
+        ]
+    )
+    cu = torch.cat([torch.zeros(1, dtype=torch.long), (prompt + labels).cumsum(0)])
+    spans = torch.stack([cu[1:] - labels.clamp(max=2), cu[1:]], 1)
+    spans[0, 0] += 1  # one answer shorter than the others
+    spans[4] = 0
+    Q, T = len(teachers), len(targets)
+    layout = TokenLayout(
+        targets=targets,
+        cu_seqlens=cu,
+        cu_teachers=torch.tensor([0, *teachers]).cumsum(0),
+        thinking=torch.rand(T, generator=g) < 0.2,
+        gold_ids=torch.randint(0, V, (2 * Q,), generator=g),
+        cu_gold=2 * torch.arange(Q + 1),
+        answer_spans=spans,
+        prior_logp=torch.randn(Q, generator=g),
+        question_ids=torch.arange(Q),
+        correct=torch.randint(0, 2, (S,), generator=g),
+    )
+    hidden = torch.randn(T, D, generator=g).to(dtype)
+    weight = (torch.randn(V, D, generator=g) / 4).to(dtype)
+    bias = torch.randn(V, generator=g).to(dtype)
+    consensus, attention = torch.rand(2, S, generator=g)
+    return hidden, weight, bias, layout, consensus, attention
+
+
+def both(problem, config, *, needs=ALL, backend=None, bias=True, statistics=True):
+    hidden, weight, b, layout, consensus, attention = problem
+    rest = (layout, consensus, attention, config, None, needs, statistics)
+    b = b if bias else None
+    got = (backend or TritonBackend()).score_and_loss(hidden, weight, b, *rest)
+    exact = (hidden.double(), weight.double(), None if b is None else b.double())
+    want = REFERENCE.score_and_loss(*exact, *rest)
+    return got, want
+
+
+def check(got, want, dtype, needs=ALL):
+    for name in ("filtered", "nonfinite", "skipped", "token_correct"):
+        assert getattr(got, name) is None or torch.equal(getattr(got, name), getattr(want, name))
+    for name in (
+        "loss", "loss_sft", "loss_consistency", "weights", "nll", "mi", "consensus", "score",
+        "token_logp", "consistency", "token_entropy",
+    ):  # fmt: skip
+        value = getattr(got, name)
+        if value is not None:
+            assert value.dtype == torch.float32, name
+            torch.testing.assert_close(
+                value.double(), getattr(want, name), rtol=2e-5, atol=1e-5, equal_nan=True, msg=name
+            )
+    step = 2.0**-7 if dtype == torch.bfloat16 else 2e-5
+    for name, need in zip(needs._fields, needs, strict=True):
+        value, exact = getattr(got.gradients, name), getattr(want.gradients, name)
+        if not need:
+            assert value is None
+            continue
+        assert value.dtype == dtype
+        error = (value.double() - exact).norm() / exact.norm()
+        assert error < step, (name, float(error))
+
+
+def test_nonuniform_weights_against_autograd():
+    problem = batch()
+    got, want = both(problem, CompactConfig(consistency_weight=0.5))
+    spread = want.weights[3:].max() - want.weights[:3].min()
+    assert spread > 0.1
+    check(got, want, torch.float32)
+
+
+OPTIONS = [
+    {},
+    {"mode": "paper", "mi": "logprob"},
+    {"mi": "pvi", "consensus": "both"},
+    {"mode": "reference"},
+    {"weighting": "correct", "consistency": "off"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("tier", ["fused", "library"])
+def test_bfloat16(options, tier):
+    got, want = both(
+        batch(dtype=torch.bfloat16), CompactConfig(**options), backend=TritonBackend(tier=tier)
+    )
+    check(got, want, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "needs", [Needs(True, False, False), Needs(False, True, False), Needs(False, False, False)]
+)
+def test_only_what_is_needed(needs):
+    config = CompactConfig()
+    got, want = both(batch(), config, needs=needs, bias=False, statistics=False)
+    check(got, want, torch.float32, needs)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_chunks_change_nothing(frozen):
+    """16 rows a chunk: questions that fit, one that is held, one that is passed over twice."""
+    needs = Needs(True, not frozen, not frozen)
+    problem = batch(dtype=torch.bfloat16, teachers=(3, 1, 4))
+    config = CompactConfig(mi="logprob")
+    row = 128 * 2
+    whole, want = both(problem, config, needs=needs)
+    check(whole, want, torch.bfloat16, needs)
+    for hold in (0, 20 * row):
+        parts, _ = both(
+            problem, config, needs=needs, backend=TritonBackend(16 * row, hold_bytes=hold)
+        )
+        for name in ("token_logp", "nll", "mi", "weights"):
+            a, b = getattr(parts, name), getattr(whole, name)
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        check(parts, want, torch.bfloat16, needs)
+
+
+def test_a_teacher_that_is_not_finite_poisons_nothing():
+    hidden, *rest = batch()
+    layout = rest[2]
+    hidden = hidden.clone()
+    hidden[int(layout.cu_seqlens[3]) - 1] = torch.nan  # last position of the third teacher
+    for needs in (ALL, Needs(True, False, False)):
+        got, want = both((hidden, *rest), CompactConfig(), needs=needs)
+        assert got.nonfinite[2]
+        assert got.weights[2] == 0
+        for grad in got.gradients:
+            assert grad is None or grad.isfinite().all()
+        same = replace_nan(want)
+        torch.testing.assert_close(got.weights.double(), same.weights, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got.loss.double(), same.loss, rtol=1e-5, atol=1e-6)
+
+
+def replace_nan(result):
+    return result._replace(
+        **{n: v.nan_to_num() for n, v in result._asdict().items() if n in ("loss", "weights")}
+    )
+
+
+def test_token_logp_and_its_gradients(monkeypatch):
+    hidden, weight, bias, layout, *_ = batch(dtype=torch.bfloat16)
+    config = launch.LOGITS_GEMM["interpreter"]
+    monkeypatch.setitem(launch.LOGITS_GEMM, "interpreter", replace(config, tma=True))
+    backend, targets = TritonBackend(chunk_bytes=1), layout.targets  # 16 rows a chunk
+    logp, entropy, correct = backend.token_logp(hidden, weight, bias, targets, True)
+    exact = (hidden.double(), weight.double(), bias.double())
+    want = REFERENCE.token_logp(*exact, targets, True)
+    torch.testing.assert_close(logp.double(), want[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), want[1], rtol=0, atol=1e-5)
+    assert torch.equal(correct, want[2] & (targets >= 0))
+    upstream = torch.randn(len(targets))
+    got = backend.token_logp_gradients(upstream, hidden, weight, bias, targets, ALL)
+    grads = REFERENCE.token_logp_gradients(upstream.double(), *exact, targets, ALL)
+    for a, b in zip(got, grads, strict=True):
+        assert (a.double() - b).norm() / b.norm() < 2.0**-7
+
+
+def test_deterministic():
+    problem = batch(dtype=torch.bfloat16)
+    first, again = (both(problem, CompactConfig())[0] for _ in range(2))
+    for a, b in zip((*first[:3], *first.gradients), (*again[:3], *again.gradients), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_refusals():
+    backend, cpu = TritonBackend(), torch.device("cpu")
+    assert backend.can_run(RunSpec(cpu, torch.float32, 100, 8)) is True  # the interpreter
+    assert "float64" in backend.can_run(RunSpec(cpu, torch.float64, 100, 8))
+    assert "mps" in backend.can_run(RunSpec(torch.device("mps"), torch.float32, 100, 8))
+    refused = TritonBackend(tier="fused").can_run(RunSpec(cpu, torch.float32, 100, 8))
+    assert "bfloat16" in refused
+    hidden, weight, _, layout, consensus, attention = batch()
+    with pytest.raises(ValueError, match=r"cast hidden to the head's dtype"):
+        backend.score_and_loss(
+            hidden, weight.bfloat16(), None, layout, consensus, attention, CompactConfig(), None,
+            ALL, False,
+        )  # fmt: skip
