@@ -25,6 +25,7 @@ def survive(*arguments: object) -> dict[str, Any]:
         [sys.executable, str(script), *map(str, arguments)],
         capture_output=True,
         text=True,
+        timeout=500,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"},
     )
     assert done.returncode == 0, done.stderr
