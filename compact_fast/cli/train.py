@@ -117,7 +117,9 @@ def _compare(config: RunConfig) -> int:
         say("")
     if os.environ.get("RANK", "0") == "0":
         say(indent(comparison_table(folders)) + "\n")
-        say(f"Report     {write_comparison(list(folders.values()), Path(config.run.output_dir))}")
+        target = Path(config.run.output_dir) / "report"
+        page = write_comparison(list(folders.values()), target, names=list(folders))
+        say(f"Report     {page}")
     return 0
 
 

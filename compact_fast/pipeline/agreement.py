@@ -9,13 +9,15 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compact_fast.atomic import atomic_file
 from compact_fast.data.records import Question
+
+Backend = Literal["auto", "native", "rustworkx"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ class Agreement:
 def graph_agreement(
     questions: Sequence[Question],
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
     threads: int | None = None,
     cache_dir: Path | None = None,
 ) -> Agreement:
@@ -58,7 +60,7 @@ def _compute(
     texts: list[str],
     answers: list[str | None],
     sizes: list[int],
-    backend: str,
+    backend: Backend,
     threads: int | None,
 ) -> Agreement:
     from compact_fast.graphs import consensus

@@ -110,20 +110,22 @@ def real_tokens(row: Mapping[str, Any]) -> int:
 def activation_bytes_per_token(config: RunConfig, model: Any) -> int:
     """Bytes kept for the backward pass, a token, for a decoder of the Llama kind.
 
-    A layer keeps 9 vectors of the hidden width (inputs, both norms, attention's output, residuals),
-    queries, keys and values, and 4 of the feed-forward width; an adapter keeps its dropped-out
-    input and mask as well. With recomputation a layer keeps its input alone, and one layer at a
-    time the rest.
+    In hidden widths D and feed-forward widths F a layer keeps 2 D of norm inputs, 4 D of queries,
+    keys, values and attention output, and 3 F of gate and up. Trained weights add their inputs,
+    4 D + F. Adapters instead keep an input each after dropout, with its mask: 6 D + F. With
+    recomputation a layer keeps its input alone, and one layer at a time the rest.
     """
     shape = causal_model(model).config.get_text_config()
     width = shape.hidden_size
     inner = getattr(shape, "intermediate_size", None) or 4 * width
-    heads = shape.num_attention_heads
-    kv = getattr(shape, "num_key_value_heads", None) or heads
     size = 2 if bf16_autocast(config) else next(model.parameters()).element_size()
-    layer = (9 * width + width + 2 * width * kv // heads + 4 * inner) * size
-    if config.lora.lora and config.lora.lora_dropout > 0:
+    layer = (6 * width + 3 * inner) * size
+    if not config.lora.lora:
+        layer += (4 * width + inner) * size
+    elif config.lora.lora_dropout > 0:
         layer += (6 * width + inner) * (size + 1)
+    else:
+        layer += (2 * width + inner) * size
     layers = shape.num_hidden_layers
     if config.training.gradient_checkpointing:
         return int(layers * width * size + layer)

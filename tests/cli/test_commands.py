@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from compact_fast.cli.main import main
+
 SMALL = (
     *("--no-lora", "--learning-rate", "1e-3", "--questions-per-step", "2"),
     *("--gradient-accumulation-steps", "2", "--max-steps", "4", "--logging-steps", "1"),
@@ -106,6 +108,11 @@ def test_report_is_remade_and_runs_are_compared(trained, command, tmp_path):
     page = (folder / "report" / "index.html").read_text()
     assert "misleading" in page
     assert done.stdout.strip().endswith("index.html")
+
+
+def test_report_refuses_a_folder_without_a_run(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds neither run.json nor metrics.jsonl" in capsys.readouterr().err
 
 
 def test_check_forecasts_and_writes_nothing(command, tiny_student, rationales, tmp_path):

@@ -20,6 +20,9 @@ def go(tiny_student, tmp_path, monkeypatch, capsys):
     """Runs a command line; gives exit code, stdout, stderr."""
     monkeypatch.setenv("COMPACT_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
+    # pictures take seconds a run; test_commands.py makes real ones
+    for name in ("write_report", "write_comparison"):
+        monkeypatch.setattr(f"compact_fast.report.{name}", _no_pictures, raising=False)
 
     def run(*words: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -28,6 +31,10 @@ def go(tiny_student, tmp_path, monkeypatch, capsys):
         return code, out.out, out.err
 
     return run
+
+
+def _no_pictures(run: object, *target: object, **options: object) -> Path:
+    return Path("report") / "index.html"
 
 
 @pytest.fixture
@@ -148,8 +155,7 @@ def test_score_and_eval_refuse(go, tiny_student, rationales, tmp_path):
     refused(go(*score, "-o", tmp_path / "x.csv"), "ends in .parquet")
     refused(go("eval", "--student", tiny_student), "nothing to evaluate on")
     refused(go("eval", "--student", tiny_student, "--forget", tmp_path / "no.txt"), "no.txt")
-    refused(go("report", tmp_path / "norun"), "norun")
-    refused(go("report", tmp_path), "run.json")
+    refused(go("report", tmp_path / "norun"), "norun: no such folder")
 
 
 # ---- a run's folder --------------------------------------------------------------------------
