@@ -251,11 +251,10 @@ class CheckpointedTrainer(Trainer):
 
     def _explain_full_disk(self, error: DiskFullError, final: Path) -> DiskFullError:
         newest = self._newest_whole()
-        remedy = f"{newest.name} is whole" if newest else "there is no earlier checkpoint"
+        remains = f"{newest.name} is whole and would be resumed" if newest else "none before it"
         return DiskFullError(
             errno.ENOSPC,
-            f"{error.strerror}, training stopped at step {self.state.global_step}; {remedy}: "
-            "free some space and run the same command again",
+            f"{error.strerror}, training stopped at step {self.state.global_step} ({remains})",
             str(final),
         )
 

@@ -358,7 +358,7 @@ def test_full_disk_stops_cleanly_and_resumes_after_cleaning_up(
     assert caught.value.errno == errno.ENOSPC
     message = str(caught.value)
     assert "\n" not in message
-    for part in ("checkpoint-6: no space left", "MB free)", "step 6; checkpoint-4 is whole"):
+    for part in ("checkpoint-6: no space left", "MB free)", "step 6 (checkpoint-4 is whole"):
         assert part in message
     assert names(run_dir) == ["checkpoint-2", "checkpoint-4"]
     make_trainer(run_dir, max_steps=10).train("auto")
@@ -382,7 +382,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_really_full_disk(finished: Path, small_disk: Path) -> None:
     run_dir = small_disk / "run"
     (small_disk / "ballast").write_bytes(b"0" * 60_000)
-    with pytest.raises(DiskFullError, match=r"MB free\), training stopped at step \d+; check"):
+    with pytest.raises(DiskFullError, match=r"MB free\), training stopped at step \d+ \(check"):
         make_trainer(run_dir, max_steps=10, save_total_limit=5).train()
     left = list_checkpoints(run_dir)
     assert 1 <= len(left) < 5
