@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.ipc
 
 from compact_fast.atomic import DamagedError, atomic_directory, verify_directory
 from compact_fast.data import encode, extract, numerals, records, template
 from compact_fast.data.records import Question
 
-ROWS = "rows"
+ROWS = "rows.arrow"
 
 _ints = datasets.Sequence(datasets.Value("int32"))
 FEATURES = datasets.Features(
@@ -88,11 +90,16 @@ def kept(
     if folder.exists():
         try:
             report = verify_directory(folder)["report"]
-            return datasets.load_from_disk(str(folder / ROWS)), {**report, "from_cache": True}
+            return datasets.Dataset.from_file(str(folder / ROWS)), {**report, "from_cache": True}
         except (DamagedError, KeyError) as error:
             if say:
                 say(f"tokenised data in the cache is damaged and made anew ({error})")
     dataset, report = build()
     with atomic_directory(folder, record={"report": report}) as work:
-        dataset.save_to_disk(str(work / ROWS))
+        table = dataset.with_format("arrow")[:]
+        with (
+            pyarrow.OSFile(str(work / ROWS), "wb") as file,
+            pyarrow.ipc.new_stream(file, table.schema) as stream,
+        ):
+            stream.write_table(table)
     return dataset, {**report, "from_cache": False}

@@ -137,7 +137,10 @@ class ChatFormat:
                     {"role": "assistant", "content": _STAND_IN},
                 ]
             )
-            after = self.encode(whole.rpartition(_STAND_IN)[2])
+            # Encoded behind a text, since some tokenizers open every text with a blank.
+            text = self.encode(_STAND_IN)
+            after = self.encode(_STAND_IN + whole.rpartition(_STAND_IN)[2])
+            after = after[len(text) :] if after[: len(text)] == text else after
             special = set(self.tokenizer.all_special_ids) | _added_ids(self.tokenizer)
             for i, token in enumerate(after):
                 if token in special:

@@ -60,6 +60,11 @@ TEMPLATES: dict[str, str | None] = {
         "{%- elif m.role == 'assistant' %}{{- ' ' + m.content + eos_token }}{%- endif %}"
         "{%- endfor %}"
     ),
+    "spaced": (
+        "{{- bos_token }}{%- for m in messages %}"
+        "{%- if m.role == 'user' %}{{- '[INST] ' + m.content + ' [/INST]' }}"
+        "{%- else %}{{- ' ' + m.content + ' ' + eos_token }}{%- endif %}{%- endfor %}"
+    ),
     # the generation prompt opens a block that a finished turn does not show
     "opened": (
         "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}"

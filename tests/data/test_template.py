@@ -26,7 +26,7 @@ def tokens(tokenizer: Any, text: str = TEXT, **options: Any) -> tuple[list[int],
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("template", CHAT)
+@pytest.mark.parametrize("template", [*CHAT, "spaced"])
 def test_sequence_is_the_templates_own_rendering_up_to_the_end_of_turn(
     tokenizer_of: Any, kind: str, template: str
 ) -> None:
