@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compact_fast.cli.arguments import Arguments
-from compact_fast.cli.train import say
+from compact_fast.cli.train import read, say
 from compact_fast.cli.verb import Verb
 from compact_fast.run_config import GROUPS, load
 from compact_fast.tables import indent, size, table
@@ -13,12 +13,15 @@ def run(arguments: Arguments) -> int:
     path = arguments.positionals[0] if arguments.positionals else None
     config = load(path, arguments.overrides)
     config.require("student", "data")
+    from compact_fast.pipeline import run_folder
     from compact_fast.pipeline.corpus import evaluation_questions
+
+    run_folder.resume_point(config)
+    inputs = read(config, write=False)
     from compact_fast.pipeline.forecast import backend_choice, forecast
-    from compact_fast.pipeline.inputs import method_line, prepare, teachers_text
+    from compact_fast.pipeline.inputs import method_line, teachers_text
     from compact_fast.pipeline.training import check_trainable
 
-    inputs = prepare(config, say, write=False)
     check_trainable(inputs)
     choice = backend_choice(config, inputs.student.model)
     say(f"Method     {method_line(config)}")

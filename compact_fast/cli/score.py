@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from compact_fast.cli.arguments import Arguments, Option
-from compact_fast.cli.train import hear, say
+from compact_fast.cli.train import hear, read, say
 from compact_fast.cli.verb import CONFIG, Verb
 from compact_fast.flat_yaml import Setting
 from compact_fast.run_config import load
@@ -26,10 +26,10 @@ def run(arguments: Arguments) -> int:
         raise ValueError("--output: missing; name the file to write, such as -o scores.parquet")
     if not target.endswith(".parquet") or Path(target).is_dir():
         raise ValueError(f"--output: {target}: expected a file name that ends in .parquet")
-    from compact_fast.pipeline.inputs import method_line, on_device, prepare
+    inputs = read(config, training=False)
+    from compact_fast.pipeline.inputs import method_line, on_device
     from compact_fast.scoring import score_rows, write_scores
 
-    inputs = prepare(config, say, write=True, training=False)
     say(f"Method     {method_line(config)}")
     student = on_device(inputs.student)
     started = time.monotonic()

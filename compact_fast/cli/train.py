@@ -30,10 +30,8 @@ def run(arguments: Arguments) -> int:
             f"report {config.run.output_dir}; to train it again: --overwrite"
         )
         return 0
-    resume = run_folder.open_folder(config)
-    from compact_fast.pipeline.inputs import prepare
-
-    inputs = prepare(config, say, write=True)
+    resume = run_folder.resume_point(config)
+    inputs = read(config, quarantine=Path(config.run.output_dir) / "quarantine.jsonl")
     _introduce(inputs)
     _finish(_train(inputs, resume))
     return 0
@@ -47,6 +45,23 @@ def say(line: str) -> None:
 
 def hear(name: str) -> ProgressLine:
     return ProgressLine(name)
+
+
+def read(
+    config: RunConfig, *, quarantine: Path | None = None, write: bool = True, training: bool = True
+) -> Inputs:
+    """Read the data first, so that what is wrong with it shows at once, then all the rest."""
+    from compact_fast.pipeline.corpus import read_corpus
+
+    corpus = read_corpus(config, quarantine=quarantine)
+    held = f", {len(corpus.held_out):,} held out" if corpus.held_out else ""
+    say(f"Data       {corpus.source}: {len(corpus.train):,} questions{held}")
+    if corpus.quarantined:
+        where = f" (see {quarantine})" if quarantine else ""
+        say(f"           {corpus.quarantined:,} broken records left out{where}")
+    from compact_fast.pipeline.inputs import prepare
+
+    return prepare(config, corpus, say, write=write, training=training)
 
 
 def _introduce(inputs: Inputs) -> None:
@@ -98,10 +113,9 @@ def _compare(config: RunConfig) -> int:
         inputs_of,
         variants,
     )
-    from compact_fast.pipeline.inputs import prepare
     from compact_fast.report import write_comparison
 
-    inputs = prepare(config, say, write=True)
+    inputs = read(config, quarantine=Path(config.run.output_dir) / "quarantine.jsonl")
     _introduce(inputs)
     runs = variants(inputs)
     folders = {v.label: Path(v.config.run.output_dir) for v in runs}
@@ -111,7 +125,7 @@ def _compare(config: RunConfig) -> int:
         if run_folder.is_finished(variant.config):
             say("finished earlier\n")
             continue
-        resume = run_folder.open_folder(variant.config)
+        resume = run_folder.resume_point(variant.config)
         hand_over_before(first, folders[variant.label])
         _finish(_train(inputs_of(inputs, variant), resume))
         say("")

@@ -41,6 +41,8 @@ def read_corpus(config: RunConfig, *, quarantine: Path | None = None) -> Corpus:
     """
     source, teachers = str(config.run.data), config.data.teachers
     skipped = 0
+    if quarantine is not None:
+        quarantine.unlink(missing_ok=True)  # an earlier run's
     if source == ARITHMETIC:
         questions = world_questions(config)
         source = (

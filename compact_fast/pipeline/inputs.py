@@ -19,7 +19,7 @@ from compact_fast.pipeline.agreement import (
     mean_with_others,
     teacher_table,
 )
-from compact_fast.pipeline.corpus import Corpus, read_corpus, share_right
+from compact_fast.pipeline.corpus import Corpus, share_right
 from compact_fast.run_config import RunConfig
 from compact_fast.students import LoraSettings, Student, load_student
 from compact_fast.tables import percent, table
@@ -42,21 +42,14 @@ class Inputs:
     """agreement.json: teachers, matrix, counts, share_right."""
 
 
-def prepare(config: RunConfig, say: Say, *, write: bool, training: bool = True) -> Inputs:
-    """Read and tokenise a run's data, load its student, and score the teachers' agreement.
+def prepare(
+    config: RunConfig, corpus: Corpus, say: Say, *, write: bool, training: bool = True
+) -> Inputs:
+    """Load a run's student, tokenise its data, and score the teachers' agreement.
 
     Says what it found, a line each. With `write` false nothing is written, not even a cache.
     Without `training` no adapter is added. Raises ValueError naming what cannot be used.
     """
-    config.require("student", "data")
-    folder = Path(config.run.output_dir)
-    quarantine = folder / "quarantine.jsonl" if write and training else None
-    corpus = read_corpus(config, quarantine=quarantine)
-    held = f", {len(corpus.held_out):,} held out" if corpus.held_out else ""
-    say(f"Data       {corpus.source}: {len(corpus.train):,} questions{held}")
-    if corpus.quarantined:
-        where = f" (see {quarantine})" if quarantine else ""
-        say(f"           {corpus.quarantined:,} broken records left out{where}")
     student = student_of(config, training=training)
     say(f"Student    {student.description}")
     cache = cache_folder(config) if write else None

@@ -11,7 +11,7 @@ from typing import Any
 
 from compact_fast.run_config import EvaluationSettings, RunConfig
 
-FILES = ("run.json", "metrics.jsonl", "agreement.json", "evaluation.json", "quarantine.jsonl")
+FILES = ("run.json", "metrics.jsonl", "agreement.json", "evaluation.json")
 FOLDERS = ("model", "report")
 
 # Keys that may differ between a run and its continuation: they change what is written and
@@ -27,8 +27,8 @@ MAY_DIFFER = frozenset(
 )
 
 
-def open_folder(config: RunConfig) -> str | None:
-    """Make the run's folder ready; returns what to resume from ("auto", a path or None).
+def resume_point(config: RunConfig) -> str | None:
+    """What to resume from: "auto", a checkpoint's path, or None. Writes nothing.
 
     Raises ValueError, with the remedy, when the folder holds a run that this configuration does
     not continue.
@@ -37,7 +37,7 @@ def open_folder(config: RunConfig) -> str | None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={folder}: is a file; name a folder")
     if config.run.overwrite:
-        clear(folder)
+        return None if config.run.resume == "never" else "auto"
     earlier = read_json(folder / "run.json")
     begun = earlier is not None or any(folder.glob("checkpoint-*"))
     if begun and config.run.resume == "never":
@@ -52,8 +52,15 @@ def open_folder(config: RunConfig) -> str | None:
                 f"output_dir={folder}: holds a run with other settings ({'; '.join(changed)}); "
                 "name another folder, or delete that run with --overwrite"
             )
-    folder.mkdir(parents=True, exist_ok=True)
     return None if config.run.resume == "never" else config.run.resume
+
+
+def begin(config: RunConfig) -> None:
+    """Make the run's folder, and delete the run it holds where the user said so."""
+    folder = Path(config.run.output_dir)
+    if config.run.overwrite:
+        clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def is_finished(config: RunConfig) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from compact_fast.evaluate import (
 from compact_fast.evaluate.results import format_value
 from compact_fast.pipeline.corpus import evaluation_questions
 from compact_fast.pipeline.inputs import Inputs, Say, tokenize_options
-from compact_fast.pipeline.run_folder import read_json
+from compact_fast.pipeline.run_folder import begin, read_json
 from compact_fast.report.read import read_run
 from compact_fast.run_config import RunConfig
 from compact_fast.students import causal_model
@@ -105,7 +106,9 @@ def train(inputs: Inputs, say: Say, hear: Hear, *, resume: str | None) -> Outcom
     """
     config = inputs.config
     folder = Path(config.run.output_dir)
-    atomic_write_text(folder / "agreement.json", json.dumps(inputs.teachers, indent=1) + "\n")
+    if os.environ.get("RANK", "0") == "0":
+        begin(config)
+        atomic_write_text(folder / "agreement.json", json.dumps(inputs.teachers, indent=1) + "\n")
     trainer = make_trainer(inputs)
     main = trainer.is_world_process_zero()
     measure = Measurement(inputs, hear) if main else None

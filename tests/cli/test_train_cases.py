@@ -83,6 +83,7 @@ def test_broken_record_names_file_line_and_field(train, tmp_path, rationales):
 
 
 def test_unknown_model_id(train, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for retries
     refused(train(student="nobody/no-such-model"), "nobody/no-such-model", "hub")
 
 
@@ -144,7 +145,7 @@ def test_interrupted_before_training(train, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("compact_fast.pipeline.inputs.read_corpus", interrupt)
+    monkeypatch.setattr("compact_fast.pipeline.corpus.read_corpus", interrupt)
     code, _, err = train()
     assert (code, err) == (130, "compact-fast: error: interrupted\n")
 

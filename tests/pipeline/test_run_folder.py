@@ -7,7 +7,14 @@ import json
 import pytest
 
 from compact_fast.flat_yaml import Setting
-from compact_fast.pipeline.run_folder import MAY_DIFFER, changes, clear, is_finished, open_folder
+from compact_fast.pipeline.run_folder import (
+    MAY_DIFFER,
+    begin,
+    changes,
+    clear,
+    is_finished,
+    resume_point,
+)
 from compact_fast.run_config import RunConfig, build, schema
 
 
@@ -22,16 +29,19 @@ def leave(folder, status: str = "running", **keys) -> None:
     (folder / "run.json").write_text(json.dumps(record))
 
 
-def test_a_new_folder_is_made(tmp_path):
-    assert open_folder(config(tmp_path / "a" / "b")) == "auto"
+def test_a_new_folder_is_made_when_the_run_begins(tmp_path):
+    new = config(tmp_path / "a" / "b")
+    assert resume_point(new) == "auto"
+    assert not (tmp_path / "a").exists()
+    begin(new)
     assert (tmp_path / "a" / "b").is_dir()
-    assert open_folder(config(tmp_path / "c", resume="never")) is None
+    assert resume_point(config(tmp_path / "c", resume="never")) is None
 
 
 def test_an_interrupted_run_goes_on(tmp_path):
     leave(tmp_path, weighting=[1, 2])
-    assert open_folder(config(tmp_path, weighting=[1, 2])) == "auto"
-    assert open_folder(config(tmp_path, weighting=[1, 2], max_steps=5, save_steps=1)) == "auto"
+    assert resume_point(config(tmp_path, weighting=[1, 2])) == "auto"
+    assert resume_point(config(tmp_path, weighting=[1, 2], max_steps=5, save_steps=1)) == "auto"
 
 
 @pytest.mark.parametrize(
@@ -42,7 +52,7 @@ def test_other_settings_are_refused(key, tmp_path):
     default = schema()[key].default
     other = "else" if key == "data" else default * 2 + 1 if key != "holdout" else 0.5
     with pytest.raises(ValueError, match=f"other settings.*{key}: .* there, .* now"):
-        open_folder(config(tmp_path, **{key: other}))
+        resume_point(config(tmp_path, **{key: other}))
 
 
 def test_keys_that_may_differ_exist():
@@ -55,9 +65,9 @@ def test_keys_that_may_differ_exist():
 def test_a_checkpoint_without_run_json_counts_as_a_run(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(ValueError, match="holds a run"):
-        open_folder(config(tmp_path, resume="never"))
-    assert open_folder(config(tmp_path)) == "auto"
-    assert open_folder(config(tmp_path, resume=str(tmp_path / "checkpoint-3"))).endswith("-3")
+        resume_point(config(tmp_path, resume="never"))
+    assert resume_point(config(tmp_path)) == "auto"
+    assert resume_point(config(tmp_path, resume=str(tmp_path / "checkpoint-3"))).endswith("-3")
 
 
 def test_overwrite_deletes_the_run_and_nothing_else(tmp_path):
@@ -65,7 +75,10 @@ def test_overwrite_deletes_the_run_and_nothing_else(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "model").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
-    open_folder(config(tmp_path, overwrite=True, tau=3))
+    other = config(tmp_path, overwrite=True, tau=3)
+    assert resume_point(other) == "auto"
+    assert (tmp_path / "model").exists()
+    begin(other)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
     clear(tmp_path / "absent")
 
@@ -73,7 +86,7 @@ def test_overwrite_deletes_the_run_and_nothing_else(tmp_path):
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "f").write_text("")
     with pytest.raises(ValueError, match="is a file"):
-        open_folder(config(tmp_path / "f"))
+        resume_point(config(tmp_path / "f"))
 
 
 def test_finished_means_the_same_run_to_its_end(tmp_path):
