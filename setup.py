@@ -38,6 +38,8 @@ class CMakeBuild(build_ext):
                 "and a C++17 compiler and install again.",
                 file=sys.stderr,
             )
+            for ext in self.extensions:  # an older build must not pass for this one
+                Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
             self.extensions: list[Extension] = []
 
     def build_extension(self, ext: Extension) -> None:

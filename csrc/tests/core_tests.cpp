@@ -1,1 +1,249 @@
-int main() { return 0; }
+// Tests of the core without Python: by hand, by brute force, and on random bytes. Run by CTest, also
+// under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "consensus.h"
+#include "numbers.h"
+#include "parallel.h"
+#include "simd.h"
+#include "text.h"
+
+using namespace compact;
+
+namespace {
+
+int checks = 0;
+
+#define CHECK(condition)                                                         \
+  do {                                                                           \
+    ++checks;                                                                    \
+    if (!(condition)) {                                                          \
+      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);        \
+      std::exit(1);                                                              \
+    }                                                                            \
+  } while (0)
+
+using Random = std::mt19937_64;
+
+std::int64_t below(Random& random, std::int64_t limit) {
+  return static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(limit));
+}
+
+Options default_options() {
+  Options o;
+  o.weight_result = 358, o.weight_numbers = 307, o.weight_operators = 102, o.weight_text = 102;
+  o.ramp_low = 6554, o.ramp_high = 26214;
+  o.answer_share = 819, o.soundness = 154, o.dedupe = 717, o.dedupe_min_shingles = 12;
+  return o;
+}
+
+void test_numbers() {
+  auto key = [](std::string_view text) {
+    CHECK(scan_number(text, 0) == text.size());
+    return number_key(text);
+  };
+  CHECK(key("1,234.5") == 1'234'500'000);
+  CHECK(key("007") == 7'000'000);
+  CHECK(key(".5") == 500'000);
+  CHECK(key("0.1234565") == 123'457);
+  CHECK(key("123456789012345") == key("0123456789012345.000"));
+  CHECK(key("123456789012345") != key("123456789012346"));
+  CHECK(scan_number("1,2345", 0) == 1);
+  CHECK(scan_number("5.", 0) == 1);
+  CHECK(scan_number("x", 0) == 0);
+  std::int64_t out = 0;
+  CHECK(fraction_key(1 * kMicro, 3 * kMicro, out) && out == 333'333);
+  CHECK(fraction_key(-7 * kMicro, 2 * kMicro, out) && out == -3'500'000);
+  CHECK(!fraction_key(1, 0, out));
+  CHECK(!fraction_key(kHuge, 1, out));
+  CHECK(!fraction_key(kHuge - 1, 1, out));
+}
+
+void test_parse() {
+  Parser parser;
+  StepGraphs g;
+  CHECK(parser.parse("2 + 3 = 5\n4 + 4 = 8\n5 * 8 = 40\nThe answer is 40.", g));
+  CHECK(g.size() == 1 && g.nodes() == 3);
+  CHECK(g.result[2] == 40 * kMicro && g.operators[2] == 4);
+  CHECK(g.answer[0] == 40 * kMicro && g.answer_kind[0] == kExplicitAnswer);
+  CHECK(g.edge_source.size() == 4);  // 0-1, 1-2 follow; 2 uses 0 and 1
+  parser.set_limit(2);
+  CHECK(!parser.parse("b\nc\nd\n", g));
+  CHECK(g.size() == 1 && g.nodes() == 3 && g.cu_numbers.size() == 4);
+  CHECK(parser.parse("b\nc", g) && g.size() == 2);
+}
+
+std::int64_t brute_assignment(const std::vector<std::int32_t>& w, std::int64_t n, std::int64_t m) {
+  std::vector<std::int64_t> columns(static_cast<std::size_t>(std::max(n, m)));
+  std::iota(columns.begin(), columns.end(), 0);
+  std::int64_t best = 0;
+  do {
+    std::int64_t sum = 0;
+    for (std::int64_t i = 0; i < n; ++i)
+      if (columns[i] < m) sum += w[i * m + columns[i]];
+    best = std::max(best, sum);
+  } while (std::next_permutation(columns.begin(), columns.end()));
+  return best;
+}
+
+void test_assignment() {
+  Random random(1);
+  Assignment lap;
+  for (int round = 0; round < 3000; ++round) {
+    const std::int64_t n = below(random, 6), m = below(random, 7);
+    const std::int64_t high = round % 3 ? 4 : (round % 2 ? 1 << 17 : (1 << 30) - 1);
+    std::vector<std::int32_t> w(static_cast<std::size_t>(n * m));
+    for (auto& x : w) x = static_cast<std::int32_t>(below(random, high));
+    std::vector<std::int32_t> assigned(static_cast<std::size_t>(n));
+    const std::int64_t value = lap.solve(w.data(), n, m, assigned.data());
+    CHECK(value == brute_assignment(w, n, m));
+    force_simd_level(0);
+    std::vector<std::int32_t> plain(static_cast<std::size_t>(n));
+    CHECK(lap.solve(w.data(), n, m, plain.data()) == value);
+    force_simd_level(-1);
+    CHECK(plain == assigned);
+  }
+}
+
+struct Edges {
+  std::vector<std::int32_t> source, target;
+  std::vector<std::uint8_t> type;
+  EdgeList list() const {
+    return {source.data(), target.data(), type.data(), static_cast<std::int64_t>(source.size())};
+  }
+  static Edges random(Random& r, std::int64_t n) {
+    Edges e;
+    for (std::int32_t i = 0; i < n; ++i)
+      for (std::int32_t j = i + 1; j < n; ++j)
+        for (std::uint8_t type = 0; type < 2; ++type)
+          if (below(r, 3) == 0) e.source.push_back(i), e.target.push_back(j), e.type.push_back(type);
+    return e;
+  }
+};
+
+void test_matching() {
+  Random random(2);
+  Matcher matcher;
+  const std::int32_t half[2] = {16, 32};
+  for (int round = 0; round < 2000; ++round) {
+    const std::int64_t n = below(random, 6), m = below(random, 6);
+    std::vector<std::int32_t> s(static_cast<std::size_t>(n * m));
+    for (auto& x : s) x = below(random, 2) ? static_cast<std::int32_t>(below(random, kOne + 1)) : 0;
+    const Edges a = Edges::random(random, n), b = Edges::random(random, m);
+    auto match = [&](Mode mode) {
+      return matcher.match(mode, s.data(), n, m, a.list(), b.list(), half, 1'000'000, nullptr);
+    };
+    const auto relaxed = match(Mode::kRelaxed), exact = match(Mode::kExact), fast = match(Mode::kFast);
+    CHECK(relaxed.value >= exact.value && exact.value >= fast.value && exact.proven);
+    // brute force over injections of the smaller side into the larger
+    std::vector<std::int64_t> columns(static_cast<std::size_t>(std::max(n, m)));
+    std::iota(columns.begin(), columns.end(), 0);
+    std::int64_t best = 0;
+    do {
+      std::int64_t total = 0;
+      for (std::int64_t i = 0; i < n; ++i)
+        if (columns[i] < m) total += std::int64_t{s[i * m + columns[i]]} << 23;
+      for (std::size_t e = 0; e < a.source.size(); ++e)
+        for (std::size_t f = 0; f < b.source.size(); ++f)
+          if (a.type[e] == b.type[f] && columns[a.source[e]] == b.source[f] &&
+              columns[a.target[e]] == b.target[f])
+            total += std::int64_t{2} * half[a.type[e]] * s[a.source[e] * m + b.source[f]] *
+                     s[a.target[e] * m + b.target[f]];
+      best = std::max(best, total);
+    } while (std::next_permutation(columns.begin(), columns.end()));
+    CHECK(exact.value == best >> 23);
+  }
+}
+
+std::string random_text(Random& random) {
+  static const char* pieces[] = {"=", " + ", "-", "*", "/", "12", "3.5", "1,200", "\n", ". ", " ",
+                                 "answer is ", "####", "\\boxed{", "}", "{", "\\frac{", "<<", ">>",
+                                 "Step 1:", "apples ", "\xC3\x97", "\xE2\x88\x92", "\xE2", "\0", "seven"};
+  std::string out;
+  const std::int64_t length = below(random, 40);
+  for (std::int64_t i = 0; i < length; ++i) {
+    if (below(random, 4) == 0)
+      out.push_back(static_cast<char>(below(random, 256)));
+    else
+      out += pieces[below(random, 26)];
+  }
+  return out;
+}
+
+// Random bytes through the whole way: nothing may break, and threads may not matter.
+void test_random_questions(int questions) {
+  Random random(3);
+  std::vector<std::string> held;
+  std::vector<std::int64_t> cu{0}, cu_agreement{0};
+  for (int q = 0; q < questions; ++q) {
+    const std::int64_t k = below(random, 6);
+    for (std::int64_t t = 0; t < k; ++t)
+      held.push_back(t > 0 && below(random, 4) == 0 ? held.back() : random_text(random));
+    cu.push_back(cu.back() + k);
+    cu_agreement.push_back(cu_agreement.back() + k * k);
+  }
+  const std::vector<std::string_view> texts(held.begin(), held.end());
+  ConsensusOptions options;
+  options.graph = default_options();
+  auto score = [&](int threads, Mode mode) {
+    options.mode = mode;
+    std::vector<std::int64_t> agreement(static_cast<std::size_t>(cu_agreement.back()));
+    std::vector<double> scores(texts.size());
+    std::vector<std::int32_t> group(texts.size());
+    std::vector<std::uint8_t> flags(static_cast<std::size_t>(questions));
+    ParseError error;
+    score_questions(texts, cu, {}, {}, options, threads, cu_agreement, agreement.data(),
+                    scores.data(), group.data(), flags.data(), error);
+    CHECK(error.text == -1);
+    for (double x : scores) CHECK(x >= 0 && x <= 1);
+    for (std::int64_t x : agreement) CHECK(x >= 0 && x <= kUnit);
+    return scores;
+  };
+  const auto one = score(1, Mode::kRelaxed);
+  CHECK(one == score(4, Mode::kRelaxed));
+  score(4, Mode::kExact);
+
+  StepGraphs graphs;
+  ParseError error;
+  parse_all(texts, options.graph, 4, graphs, error);
+  CHECK(error.text == -1 && graphs.size() == texts.size());
+}
+
+void test_parallel() {
+  std::vector<int> done(1000, 0);
+  parallel_for(1000, 7, 4, [&](std::int64_t a, std::int64_t b, int) {
+    for (; a < b; ++a) ++done[static_cast<std::size_t>(a)];
+  });
+  CHECK(std::count(done.begin(), done.end(), 1) == 1000);
+  bool caught = false;
+  try {
+    parallel_for(100, 1, 3, [&](std::int64_t a, std::int64_t, int) {
+      if (a == 50) throw std::runtime_error("fifty");
+    });
+  } catch (const std::runtime_error&) {
+    caught = true;
+  }
+  CHECK(caught);
+  parallel_for(0, 1, 2, [&](std::int64_t, std::int64_t, int) { CHECK(false); });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int questions = argc > 1 ? std::atoi(argv[1]) : 4000;
+  test_numbers();
+  test_parse();
+  test_assignment();
+  test_matching();
+  test_parallel();
+  test_random_questions(questions);
+  std::printf("%d checks passed\n", checks);
+  return 0;
+}

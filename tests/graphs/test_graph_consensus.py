@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -128,7 +129,7 @@ def test_order_threads_and_batches_do_not_matter(real) -> None:
     np.testing.assert_array_equal(other.scores, plain.scores[order])
     single = [
         consensus(texts[a:b], [0, b - a], final_answers=answers[a:b]).scores
-        for a, b in zip(cu[:20], cu[1:21], strict=True)
+        for a, b in itertools.pairwise(cu)
     ]
     np.testing.assert_array_equal(np.concatenate(single), plain.scores[: cu[20]])
 
@@ -213,7 +214,7 @@ def test_collusion_of_copies(colluders: int, change, real) -> None:
         bounds.append(len(texts))
     got = consensus(texts, bounds)
     values = []
-    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+    for a, b in itertools.pairwise(bounds):
         mine, good = got.scores[a:b], np.array(right[a:b])
         gap = mine[good][:, None] - mine[~good][None]
         values.append(((gap > 0) + 0.5 * (gap == 0)).mean())
