@@ -101,7 +101,7 @@ def runs(
     command += ["--world-scenario", scenario, "--world-seed", str(seed), "--seed", str(seed)]
     command += ["--eval-questions", "0", "--save-steps", "100000", *more]
     if others:
-        command += ["--compare", *others]
+        command += ["--compare", ",".join(others)]
     if (code := compact_fast(command)) != 0:
         raise SystemExit(code)
     for name in weightings:
