@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from compact_fast.data.extract import find_span
 from compact_fast.data.records import Question
 from compact_fast.data.template import ChatFormat
+
+# The tag that opens a block which a template inserts, such as "<think>".
+_OPENING = re.compile(r"\s*(<[^<>\s]+>|\S+)")
 
 
 class Completion(NamedTuple):
@@ -56,7 +60,8 @@ class Encoder:
             spans.append((len(prior) - len(question.answer), len(prior)))
             prompt, lead = turn.prompt, turn.lead
             block = turn.prompt[len(turn.generation) :]
-            opening = block.split()[0] if block.split() else None
+            tag = _OPENING.match(block)
+            opening = tag[1] if tag else None
             if opening and any(t.startswith(opening) for t in texts):
                 # A teacher's own thinking stands where the template would put an empty block.
                 prompt = turn.generation

@@ -128,7 +128,8 @@ class ChatFormat:
         return [bos] if list(self.tokenizer("x")["input_ids"])[:1] == [bos] else []
 
     def _end_of_turn(self) -> list[int]:
-        """What ends the assistant's turn: the template's text up to its first special token."""
+        """What ends the assistant's turn: what the template writes behind it up to its first
+        special token, and those that follow that one directly, the EOS token at the latest."""
         eos = self.tokenizer.eos_token_id
         if self.has_template:
             whole = self._render(
@@ -142,9 +143,12 @@ class ChatFormat:
             after = self.encode(_STAND_IN + whole.rpartition(_STAND_IN)[2])
             after = after[len(text) :] if after[: len(text)] == text else after
             special = set(self.tokenizer.all_special_ids) | _added_ids(self.tokenizer)
-            for i, token in enumerate(after):
-                if token in special:
-                    return after[: i + 1]
+            first = next((i for i, token in enumerate(after) if token in special), None)
+            if first is not None:
+                end = first + 1
+                while end < len(after) and after[end] in special and after[end - 1] != eos:
+                    end += 1
+                return after[:end]
         if eos is None:
             raise ValueError(
                 "the tokenizer has no token that ends the assistant's turn; "

@@ -40,6 +40,12 @@ TEMPLATES: dict[str, str | None] = {
         "{%- endfor %}"
         "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
     ),
+    "thoughtless": (
+        "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
+        "{%- if m.role == 'assistant' and '<think>' not in m.content %}{{- '<think></think>' }}"
+        "{%- endif %}{{- m.content + '<|im_end|>\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+    ),
     "headers": (
         "{{- bos_token }}{%- for m in messages %}"
         "{{- '<|start|>' + m.role + '<|stop|>\n\n' + (m.content | trim) + '<|eot|>' }}"
@@ -64,6 +70,12 @@ TEMPLATES: dict[str, str | None] = {
         "{{- bos_token }}{%- for m in messages %}"
         "{%- if m.role == 'user' %}{{- '[INST] ' + m.content + ' [/INST]' }}"
         "{%- else %}{{- ' ' + m.content + ' ' + eos_token }}{%- endif %}{%- endfor %}"
+    ),
+    # two tokens end a turn
+    "double": (
+        "{%- for m in messages %}{{- '<|start|>' + m.role + '<|stop|>' + m.content }}"
+        "{{- '<|eot|><|im_end|>\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|start|>assistant<|stop|>' }}{%- endif %}"
     ),
     # the generation prompt opens a block that a finished turn does not show
     "opened": (

@@ -26,7 +26,7 @@ def tokens(tokenizer: Any, text: str = TEXT, **options: Any) -> tuple[list[int],
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("template", [*CHAT, "spaced"])
+@pytest.mark.parametrize("template", [*CHAT, "spaced", "double"])
 def test_sequence_is_the_templates_own_rendering_up_to_the_end_of_turn(
     tokenizer_of: Any, kind: str, template: str
 ) -> None:
@@ -94,15 +94,21 @@ def test_empty_block_of_thought_belongs_to_the_prompt(tokenizer_of: Any) -> None
     assert "think>" not in tokenizer.decode(completion)
 
 
-def test_a_teachers_own_thought_replaces_the_empty_block(tokenizer_of: Any) -> None:
-    tokenizer = tokenizer_of("bytes", "thinking")
+@pytest.mark.parametrize(
+    ("template", "block"),
+    [("thinking", "<think>\n\n</think>\n\n"), ("thoughtless", "<think></think>")],
+)
+def test_a_teachers_own_thought_replaces_the_empty_block(
+    tokenizer_of: Any, template: str, block: str
+) -> None:
+    tokenizer = tokenizer_of("bytes", template)
     own = "<think>\nHalf of 48 is 24.\n</think>\n\nThe answer is 72."
     question = Question("q", "How many?", "72", [Rationale("a", own), Rationale("b", TEXT)])
     row = tokenize_questions([question], tokenizer, teachers=["a", "b"]).rows[0]
     assert tokenizer.decode(row["prompt_ids"]).endswith("<|im_start|>assistant\n")
     first, second = (tokenizer.decode(ids) for ids in row["completion_ids"])
     assert first == own + "<|im_end|>"
-    assert second == "<think>\n\n</think>\n\n" + TEXT + "<|im_end|>"
+    assert second == block + TEXT + "<|im_end|>"
     for k, (start, end) in enumerate(row["answer_spans"]):
         sequence = row["prompt_ids"] + row["completion_ids"][k]
         assert tokenizer.decode(sequence[start:end]).strip() == "72"
