@@ -100,6 +100,8 @@ def trust(run: Run, theme: Theme) -> Figure | str:
 
 def right_wrong(run: Run, theme: Theme) -> Figure | str:
     right, wrong = run.series("weight/right"), run.series("weight/wrong")
+    if not run.train:
+        return "No weights were logged."
     if not right[0] and not wrong[0]:
         return (
             "Not known for these data: the rationales carry no final answers that could be "

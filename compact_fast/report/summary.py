@@ -68,7 +68,7 @@ def _state(run: Run) -> str:
     elif status == "running":
         words = (
             "The run has not ended, or died without a word: run.json still says “running”. "
-            f"Its last logged step is {steps:,}{of}{took}."
+            + (f"Its last logged step is {steps:,}{of}{took}." if steps else "It logged no step.")
         )
     else:
         words = (
