@@ -66,6 +66,8 @@ def compact_loss(
         ops.backend_name(backend),
     )
     out = dict(zip(ops.RESULTS, values, strict=True))
+    # an operator's results all hang on the graph; only the loss is to be differentiated
+    out = {name: value if name == "loss" else value.detach() for name, value in out.items()}
     for name in ("grad_hidden", "grad_weight", "grad_bias"):
         del out[name]
     if not statistics:

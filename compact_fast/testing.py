@@ -1,4 +1,4 @@
-"""Random batches for judging backends: ragged, awkward, reproducible."""
+"""For those who write backends: random batches, and a judge of a whole backend."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compact_fast.backends import CompactBackend, get_backend
 from compact_fast.layout import IGNORE, TokenLayout
 
 
@@ -84,3 +85,26 @@ def random_batch(
         consensus=torch.rand(S, generator=gen, dtype=torch.float64).to(dtype),
         attention=torch.rand(S, generator=gen, dtype=torch.float64).to(dtype),
     )
+
+
+def check_backend(backend: str | CompactBackend, device: str = "cpu") -> None:
+    """Judge a backend by every conformance check.
+
+    Raises AssertionError that lists what is wrong, one line a failed check; ValueError if the
+    backend cannot run on `device` at all.
+    """
+    from compact_fast.conformance.checks import CHECKS
+    from compact_fast.conformance.judge import Subject
+
+    subject = Subject(get_backend(backend), torch.device(device))
+    verdict = subject.can_run(torch.float32)
+    if verdict is not True:
+        raise ValueError(f"backend {subject.backend.name!r} cannot run on {device}: {verdict}")
+    faults = []
+    for check in CHECKS:
+        try:
+            check(subject)
+        except AssertionError as fault:
+            faults.append(f"{check.__name__.removeprefix('check_')}: {fault}")
+    if faults:
+        raise AssertionError(f"backend {subject.backend.name!r} is wrong:\n" + "\n".join(faults))

@@ -1,12 +1,22 @@
-"""Backends by name, and the choice among them."""
+"""Backends by name, and the choice among them.
+
+Other packages add backends by an entry point of the group `compact.backends`, whose value is a
+CompactBackend or a callable that returns one. They are taken when asked for by name; "auto" looks
+among our own.
+"""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 
 from compact_fast.backends.protocol import ABI, CompactBackend, RunSpec
 from compact_fast.backends.reference_backend import ReferenceBackend
 from compact_fast.backends.torch_backend import TorchBackend
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "Choice",
@@ -19,6 +29,7 @@ __all__ = [
 ]
 
 _BUILT_IN: dict[str, CompactBackend] = {"torch": TorchBackend(), "reference": ReferenceBackend()}
+ENTRY_POINTS = "compact.backends"
 _AUTO_ORDER = ("torch",)  # the reference holds full logits: only ever on request
 _OBJECTS: dict[str, CompactBackend] = {}  # handle -> object; operators take text only
 
@@ -56,12 +67,7 @@ def choose(backend: str | CompactBackend = "auto", spec: RunSpec | None = None) 
             refused.append(f"{name}: {verdict}")
         raise ValueError("no backend can run here: " + "; ".join(refused))
     if isinstance(backend, str):
-        named = _OBJECTS.get(backend) or _BUILT_IN.get(backend)
-        if named is None:
-            raise ValueError(
-                f"backend={backend!r}: expected 'auto' or one of {', '.join(sorted(_BUILT_IN))}"
-            )
-        found = named
+        found = _OBJECTS.get(backend) or _BUILT_IN.get(backend) or _from_plugin(backend)
     else:
         if not isinstance(backend, CompactBackend):
             raise ValueError(f"backend={backend!r} is neither a name nor a CompactBackend")
@@ -86,4 +92,42 @@ def get_backend(backend: str | CompactBackend = "auto") -> CompactBackend:
 
 def available_backends(spec: RunSpec | None = None) -> dict[str, bool | str]:
     """Every known backend: True, or the reason why it cannot run `spec`."""
-    return {n: True if spec is None else b.can_run(spec) for n, b in _BUILT_IN.items()}
+    found: dict[str, bool | str] = {}
+    for name in (*_BUILT_IN, *_plugins()):
+        try:
+            choose(name, spec)
+            found[name] = True
+        except ValueError as error:
+            found[name] = str(error).removeprefix(f"backend {name!r} cannot run: ")
+    return found
+
+
+@cache
+def _plugins() -> dict[str, EntryPoint]:
+    """Entry points by name. A name of ours, or one claimed twice, is nobody's."""
+    points: dict[str, EntryPoint] = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name in _BUILT_IN or point.name == "auto" or point.name in points:
+            logger.warning(
+                "backend %r of %s is ignored: the name is taken", point.name, point.value
+            )
+        else:
+            points[point.name] = point
+    return points
+
+
+@cache
+def _from_plugin(name: str) -> CompactBackend:
+    point = _plugins().get(name)
+    if point is None:
+        known = ", ".join(sorted((*_BUILT_IN, *_plugins())))
+        raise ValueError(f"backend={name!r}: expected 'auto' or one of {known}")
+    try:
+        made = point.load()
+        if isinstance(made, type) or not isinstance(made, CompactBackend):
+            made = made()
+    except Exception as error:  # whatever a plugin raises, the user asked for it by name
+        raise ValueError(f"backend {name!r} ({point.value}) cannot be loaded: {error}") from error
+    if not isinstance(made, CompactBackend):
+        raise ValueError(f"backend {name!r} ({point.value}) is no CompactBackend: {made!r}")
+    return made

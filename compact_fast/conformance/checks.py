@@ -1,0 +1,458 @@
+"""The checks. Each takes a Subject and raises Fault with a message that names what is wrong."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from compact_fast import scores
+from compact_fast.backends.protocol import CompactBackend, LossResult, Needs
+from compact_fast.config import CompactConfig
+from compact_fast.conformance.judge import (
+    REFERENCE,
+    Fault,
+    Subject,
+    call,
+    close,
+    compare,
+    in_float64,
+    on_device,
+    truth,
+)
+from compact_fast.reference import log_softmax, pick_targets
+from compact_fast.testing import RandomBatch, random_batch
+
+PLAIN = CompactConfig(consistency="off", filter_below=0.0)
+UNEVEN = CompactConfig(weighting=(0.6, 0.3, 0.07, 0.03), consistency="off")
+
+
+def _batch(
+    seed: int = 1,
+    dtype: torch.dtype = torch.float32,
+    teachers: tuple[int, ...] = (3, 1, 4, 2),
+    *,
+    scale: float = 0.5,
+    unlabelled: bool = True,
+) -> RandomBatch:
+    return random_batch(teachers, seed=seed, dtype=dtype, scale=scale, unlabelled=unlabelled)
+
+
+def _both(
+    subject: Subject, batch: RandomBatch, config: CompactConfig
+) -> tuple[LossResult, LossResult, LossResult]:
+    """(the backend's, the reference's in the same dtype, the truth)."""
+    return subject.run(batch, config), call(REFERENCE, batch, config), truth(batch, config)
+
+
+def check_shapes_and_dtypes(subject: Subject) -> None:
+    """Every result has its documented shape, figures are float32, gradients of their owner."""
+    batch = _batch()
+    got = subject.run(batch, CompactConfig(), statistics=True)
+    T, S, Q = (
+        batch.layout.num_tokens,
+        batch.layout.num_sequences,
+        batch.layout.num_questions,
+    )
+    sizes = {
+        **dict.fromkeys(("loss", "loss_sft", "loss_consistency"), ()),
+        **dict.fromkeys(("weights", "nll", "mi", "consensus", "score"), (S,)),
+        **dict.fromkeys(("filtered", "nonfinite"), (S,)),
+        **dict.fromkeys(("token_logp", "token_entropy", "token_correct"), (T,)),
+        **dict.fromkeys(("consistency", "skipped"), (Q,)),
+    }
+    for name, size in sizes.items():
+        value = getattr(got, name)
+        if value is None:
+            raise Fault(f"{name}: None although statistics were asked for")
+        if tuple(value.shape) != size:
+            raise Fault(f"{name}: shape {tuple(value.shape)}, expected {size}")
+        flag = name in ("filtered", "nonfinite", "skipped", "token_correct")
+        expected = torch.bool if flag else torch.float32
+        if value.dtype != expected:
+            raise Fault(f"{name}: dtype {value.dtype}, expected {expected}")
+    owners = (batch.hidden, batch.weight, batch.bias)
+    for name, g, owner in zip(Needs._fields, got.gradients, owners, strict=True):
+        if g is None or g.shape != owner.shape or g.dtype != owner.dtype:
+            raise Fault(f"gradient of {name}: expected {tuple(owner.shape)} {owner.dtype}")
+
+
+def check_only_wanted_gradients(subject: Subject) -> None:
+    """A gradient that is not wanted is None: a frozen head must cost nothing."""
+    for needs in (Needs(True, False, False), Needs(False, True, False), Needs(False, False, False)):
+        got = subject.run(_batch(), PLAIN, needs=needs)
+        for name, g, wanted in zip(Needs._fields, got.gradients, needs, strict=True):
+            if (g is not None) != wanted:
+                raise Fault(f"gradient of {name}: wanted {wanted}, got {g is not None}")
+
+
+def check_normalisation(subject: Subject) -> None:
+    """The probabilities of one position sum to 1."""
+    batch = _batch()
+    vocab = batch.weight.shape[0]
+    hidden = batch.hidden[:1].expand(vocab, -1).contiguous().to(subject.device)
+    logp, _, _ = subject.backend.token_logp(
+        hidden,
+        batch.weight.to(subject.device),
+        batch.bias.to(subject.device),
+        torch.arange(vocab, device=subject.device),
+        False,
+    )
+    total = float(logp.double().exp().sum())
+    if abs(total - 1) > 1e-4:
+        raise Fault(
+            f"token_logp is not normalised: the probabilities of one position sum to {total:.6g}; "
+            "is the log-sum-exp missing?"
+        )
+
+
+def check_token_logp(subject: Subject) -> None:
+    """Log-likelihoods, entropy and correctness against float64, with labels ignored as asked."""
+    batch = _batch()
+    wide = in_float64(batch)
+
+    def run(backend: CompactBackend, b: RandomBatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return backend.token_logp(b.hidden, b.weight, b.bias, b.layout.targets, True)
+
+    got = run(subject.backend, on_device(batch, subject.device))
+    own, exact = run(REFERENCE, batch), run(REFERENCE, wide)
+    for name, g, o, e in zip(("token_logp", "entropy"), got, own, exact, strict=False):
+        compare(name, None if g is None else g.cpu(), o, e)
+    assert exact[2] is not None
+    if got[2] is None or not torch.equal(got[2].cpu(), exact[2]):
+        raise Fault("token_correct: other positions than the reference")
+
+
+def check_difficulty(subject: Subject) -> None:
+    """S_NLL is a mean over all labels of a rationale."""
+    batch = _batch()
+    got, own, exact = _both(subject, batch, PLAIN)
+    layout = batch.layout
+    last = _last_labels(batch)
+    without = torch.where(last, 0.0, exact.token_logp)
+    fewer = layout.label_counts - 1
+    guesses = {
+        "it leaves out each rationale's last labelled token": -scores.segment_sum(without, layout)
+        / fewer,
+        "the last labelled token counts as 0": -scores.segment_sum(without, layout)
+        / layout.label_counts,
+        "it is a sum over tokens, not a mean": exact.nll * layout.label_counts,
+        "it is divided by all positions, not by the labelled ones": exact.nll
+        * layout.label_counts
+        / layout.sequence_lengths,
+    }
+    compare("nll", got.nll, own.nll, exact.nll, _hint(got.nll, guesses))
+
+
+def check_adaptability(subject: Subject) -> None:
+    """S_MI in its three forms."""
+    for mi in ("logit", "logprob", "pvi"):
+        config = replace(PLAIN, mi=mi, mi_positions="assistant")
+        batch = _batch()
+        got, own, exact = _both(subject, batch, config)
+        everywhere = truth(batch, replace(config, mi_positions="all")).mi
+        flat = truth(batch, replace(config, other_weight=1.0)).mi
+        guesses = {
+            "it counts positions outside the assistant's turn": everywhere,
+            "thinking tokens are not set apart": flat,
+        }
+        compare(f"mi ({mi})", got.mi, own.mi, exact.mi, _hint(got.mi, guesses))
+
+
+def check_weights(subject: Subject) -> None:
+    """Alpha follows from the scores that the backend itself reports."""
+    for seed in (1, 2):
+        for config in (PLAIN, replace(PLAIN, tau=0.5, z_floor=0.2), CompactConfig()):
+            batch = _batch(seed)
+            got = subject.run(batch, config)
+            want = scores.teacher_weights(
+                got.mi,
+                got.nll,
+                batch.consensus,
+                batch.attention,
+                batch.layout.cu_teachers,
+                config,
+                teachers=batch.layout.teachers,
+            )
+            _judge_weights(got.weights, want.weights, batch)
+            for name in ("filtered", "nonfinite", "skipped"):
+                if not torch.equal(getattr(got, name), getattr(want, name)):
+                    raise Fault(f"{name}: other teachers or questions than the scores say")
+
+
+def _judge_weights(got: Tensor, want: Tensor, batch: RandomBatch) -> None:
+    if close(got, want, 1e-5):
+        return
+    for q, (a, b) in enumerate(
+        zip(batch.layout.cu_teachers, batch.layout.cu_teachers[1:], strict=False)
+    ):
+        mine, right = got[a:b], want[a:b]
+        if close(mine, right, 1e-5):
+            continue
+        what = f"weights of question {q}: {_show(mine)}, expected {_show(right)}"
+        if close(mine.sort().values, right.sort().values, 1e-5):
+            raise Fault(f"{what}: the right weights at the wrong teachers (swapped)")
+        if abs(float(mine.sum()) - 1) > 1e-4 and float(right.sum()) > 0:
+            raise Fault(f"{what}: they sum to {float(mine.sum()):.6g}, not 1 (not normalised)")
+        if close(mine, torch.full_like(mine, 1 / mine.numel())):
+            raise Fault(f"{what}: uniform, the scores are ignored")
+        raise Fault(what)
+
+
+def check_loss(subject: Subject) -> None:
+    """The loss is the mean over questions of sum_k alpha_k NLL_k plus lambda times consistency."""
+    batch = _batch(unlabelled=False)
+    for config in (UNEVEN, replace(UNEVEN, consistency="answer", consistency_weight=0.5)):
+        got, own, exact = _both(subject, batch, config)
+        Q = batch.layout.num_questions
+        even = truth(batch, replace(config, weighting="uniform"))
+        guesses = {
+            "the weights are ignored, every teacher counts the same": even.loss,
+            "it is a sum over questions, not a mean": exact.loss * Q,
+            "the consistency term is missing": exact.loss_sft,
+            "the consistency term is not multiplied by lambda": exact.loss_sft
+            + exact.loss_consistency / config.consistency_weight,
+        }
+        if config.consistency == "off":
+            guesses = dict(list(guesses.items())[:2])
+        compare("loss", got.loss, own.loss, exact.loss, _hint(got.loss, guesses))
+        compare("consistency", got.consistency, own.consistency, exact.consistency)
+        given = subject.run(batch, config, normalizer=8.0)
+        if not close(given.loss * 8, exact.loss * Q):
+            raise Fault("loss: the normalizer that was given is not what it is divided by")
+
+
+def check_hidden_gradient(subject: Subject) -> None:
+    """Every rationale's gradient has its weight; rows without a label have none."""
+    # two teachers at least: a lone teacher's alpha is constant, whatever flows through it
+    batch = _batch(teachers=(3, 2, 4, 2), unlabelled=False)
+    for config in (
+        UNEVEN,
+        PLAIN,
+        CompactConfig(consistency_weight=0.5),
+        CompactConfig(mode="reference"),
+    ):
+        got, own, exact = _both(subject, batch, config)
+        g, o, e = (r.gradients.hidden for r in (got, own, exact))
+        hint = "" if g is None or e is None else _gradient_hint(g, e, exact, batch, config)
+        compare(f"gradient of hidden ({config.weighting})", g, o, e, hint)
+
+
+def check_head_gradient(subject: Subject) -> None:
+    """Gradients of the head, over many rows, so that accumulation in low precision shows."""
+    batch = random_batch((4,) * 8, longest=40, seed=3, dtype=torch.float32)
+    got, own, exact = _both(subject, batch, PLAIN)
+    for name in ("weight", "bias"):
+        g, o, e = (getattr(r.gradients, name) for r in (got, own, exact))
+        error = float((g.double() - e).abs().max() / e.abs().max())
+        if 2e-5 < error < 3e-2:
+            raise Fault(
+                f"gradient of {name}: relative error {error:.1e} in float32; is it accumulated or "
+                "kept in bfloat16 or float16?"
+            )
+        compare(f"gradient of {name}", g, o, e)
+
+
+def check_low_precision(subject: Subject) -> None:
+    """bf16 and fp16 inputs: statistics stay float32, so log-likelihoods stay exact."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if subject.can_run(dtype) is not True:
+            continue
+        batch = _batch(dtype=dtype)
+        got, own, exact = _both(subject, batch, PLAIN)
+        error = float((got.token_logp.double() - exact.token_logp).abs().max())
+        if 1e-4 < error < 0.5:
+            raise Fault(
+                f"token_logp of {dtype} inputs is off by {error:.1e} nats: are logits rounded to "
+                f"{dtype} on the way?"
+            )
+        compare(f"token_logp ({dtype})", got.token_logp, own.token_logp, exact.token_logp)
+        for name, g, o, e in zip(
+            Needs._fields, got.gradients, own.gradients, exact.gradients, strict=True
+        ):
+            compare(f"gradient of {name} ({dtype})", g, o, e)
+
+
+def check_extreme_logits(subject: Subject) -> None:
+    """Logits tens of units apart overflow exp() where the maximum is not taken off."""
+    batch = _batch(scale=25.0)
+    got, own, exact = _both(subject, batch, UNEVEN)
+    compare("token_logp at large logits", got.token_logp, own.token_logp, exact.token_logp)
+    compare("loss at large logits", got.loss, own.loss, exact.loss)
+
+
+def check_non_finite(subject: Subject) -> None:
+    """A rationale with NaN gets weight 0 and leaves the others' gradients clean."""
+    batch = _batch(unlabelled=False)
+    a, b = batch.layout.cu_seqlens[1:3].tolist()
+    hidden = batch.hidden.clone()
+    hidden[a:b] = torch.nan
+    got = subject.run(replace(batch, hidden=hidden), CompactConfig())
+    if not bool(got.nonfinite[1]) or float(got.weights[1]) != 0:
+        raise Fault("a rationale whose hidden states are NaN keeps a weight")
+    if not bool(got.loss.isfinite()):
+        raise Fault("one rationale's NaN reaches the loss")
+    for name, g in zip(Needs._fields, got.gradients, strict=True):
+        if g is not None and not bool(g.isfinite().all()):
+            raise Fault(f"one rationale's NaN reaches the gradient of {name}")
+
+
+def check_company(subject: Subject) -> None:
+    """A question's figures do not depend on what else is in the batch."""
+    batch = _batch()
+    whole = subject.run(batch, CompactConfig())
+    for q in range(batch.layout.num_questions):
+        s = slice(*batch.layout.cu_teachers[q : q + 2].tolist())
+        alone = RandomBatch(
+            batch.hidden[batch.layout.question_positions([q])],
+            batch.weight,
+            batch.bias,
+            batch.layout.select_questions([q]),
+            batch.consensus[s],
+            batch.attention[s],
+        )
+        part = subject.run(alone, CompactConfig())
+        for name in ("nll", "mi", "weights"):
+            if not close(getattr(part, name), getattr(whole, name)[s]):
+                raise Fault(f"{name} of question {q} changes with the rest of the batch")
+
+
+def check_determinism(subject: Subject) -> None:
+    """The same call gives the same bits."""
+    batch = _batch()
+    first = subject.run(batch, CompactConfig())
+    for _ in range(5):
+        again = subject.run(batch, CompactConfig())
+        pairs: list[tuple[str, Tensor | None, Tensor | None]] = [
+            ("loss", first.loss, again.loss),
+            ("weights", first.weights, again.weights),
+            *zip(
+                (f"gradient of {n}" for n in Needs._fields),
+                first.gradients,
+                again.gradients,
+                strict=True,
+            ),
+        ]
+        for name, x, y in pairs:
+            if x is None or y is None or not torch.equal(x.nan_to_num(), y.nan_to_num()):
+                raise Fault(f"{name}: other bits on a second call with the same input")
+
+
+def check_arguments_untouched(subject: Subject) -> None:
+    """Arguments are neither changed nor handed back as results."""
+    batch = _batch()
+    copies = [t.clone() for t in (batch.hidden, batch.weight, batch.bias, batch.consensus)]
+    result = call(subject.backend, batch, CompactConfig()) if subject.device.type == "cpu" else None
+    if result is None:
+        subject.run(batch, CompactConfig())
+        return
+    for name, now, then in zip(
+        ("hidden", "weight", "bias", "consensus"),
+        (batch.hidden, batch.weight, batch.bias, batch.consensus),
+        copies,
+        strict=True,
+    ):
+        if not torch.equal(now, then):
+            raise Fault(f"{name} was changed in place")
+    if result.consensus.data_ptr() == batch.consensus.data_ptr():
+        raise Fault("consensus: the argument itself is handed back; return a copy")
+
+
+CHECKS: tuple[Callable[[Subject], None], ...] = (
+    check_shapes_and_dtypes,
+    check_only_wanted_gradients,
+    check_normalisation,
+    check_token_logp,
+    check_difficulty,
+    check_adaptability,
+    check_weights,
+    check_loss,
+    check_hidden_gradient,
+    check_head_gradient,
+    check_low_precision,
+    check_extreme_logits,
+    check_non_finite,
+    check_company,
+    check_determinism,
+    check_arguments_untouched,
+)
+
+
+# ---- guesses about what went wrong ---------------------------------------------------------------
+
+
+def _hint(got: Tensor, guesses: dict[str, Tensor]) -> str:
+    return next((text for text, value in guesses.items() if close(got, value)), "")
+
+
+def _show(values: Tensor) -> str:
+    return "(" + ", ".join(f"{v:.4g}" for v in values.tolist()) + ")"
+
+
+def _last_labels(batch: RandomBatch) -> Tensor:
+    layout = batch.layout
+    at = torch.where(layout.labelled, torch.arange(layout.num_tokens), -1)
+    last = torch.full((layout.num_sequences,), -1).scatter_reduce(
+        0, layout.token_sequence, at, "amax"
+    )
+    out = torch.zeros_like(layout.labelled)
+    out[last[last >= 0]] = True
+    return out
+
+
+def _gradient_hint(
+    got: Tensor, exact: Tensor, result: LossResult, batch: RandomBatch, config: CompactConfig
+) -> str:
+    layout = batch.layout
+    if close(got, _gradient_through_alpha(batch, config), 1e-3):
+        return "it flows through alpha, which must be a constant (detached)"
+    if config.consistency != "all" and bool(got[~layout.labelled].any()):
+        return "positions without a label have a gradient"
+    last = _last_labels(batch)
+    if bool((got[last] == 0).all()):
+        return "each rationale's last labelled token has none"
+    ratios = []
+    for s in range(layout.num_sequences):
+        mine, right = (t[layout.token_sequence == s].double() for t in (got, exact))
+        square = (right * right).sum()
+        if square == 0:
+            continue
+        ratio = (mine * right).sum() / square
+        if not close(mine, ratio * right, 1e-4):
+            return ""
+        ratios.append((s, float(ratio)))
+    off = [(s, r) for s, r in ratios if abs(r - 1) > 1e-3]
+    if not off:
+        return ""
+    s, r = off[0]
+    if all(abs(x - r) < 1e-3 for _, x in ratios):
+        return f"all of it is {r:.4g} times too large: the division by questions or labels is off"
+    return (
+        f"rationale {s} has {r:.4g} times the gradient that its weight "
+        f"{float(result.weights[s]):.4g} gives it (wrong weight)"
+    )
+
+
+def _gradient_through_alpha(batch: RandomBatch, config: CompactConfig) -> Tensor:
+    """What the hidden gradient would be if alpha were not detached (labels' part alone)."""
+    wide = in_float64(batch)
+    layout = batch.layout
+    hidden = wide.hidden.clone().requires_grad_()
+    with torch.enable_grad():
+        logp = log_softmax(hidden, wide.weight, wide.bias)
+        nll = scores.difficulty(pick_targets(logp, layout.targets), layout)
+        shares = inspect.unwrap(scores.teacher_weights)(
+            truth(batch, config).mi,
+            nll,
+            wide.consensus,
+            wide.attention,
+            layout.cu_teachers,
+            config,
+            teachers=layout.teachers,
+        )
+        loss = (shares.weights * nll).sum() / layout.num_questions
+        (gradient,) = torch.autograd.grad(loss, hidden)
+    return gradient

@@ -1,0 +1,224 @@
+"""Backends with one deliberate fault each: the suite must fail and say which fault it is."""
+
+import dataclasses
+import inspect
+
+import pytest
+import torch
+
+from compact_fast import reference, scores
+from compact_fast.backends.protocol import Gradients
+from compact_fast.backends.reference_backend import ReferenceBackend
+from compact_fast.backends.torch_backend import TorchBackend
+from compact_fast.testing import check_backend, random_batch
+
+
+class Faulty(ReferenceBackend):
+    """The reference with its result changed by `spoil`."""
+
+    def __init__(self, spoil):
+        super().__init__(name="faulty")
+        object.__setattr__(self, "spoil", spoil)
+
+    def score_and_loss(self, hidden, weight, bias, layout, consensus, attention, config, *rest):
+        args = (hidden, weight, bias, layout, consensus, attention, config, *rest)
+        good = super().score_and_loss(*args)
+        return self.spoil(good, args)
+
+
+def with_hidden(good, gradient):
+    return good._replace(gradients=good.gradients._replace(hidden=gradient))
+
+
+def wrong_weight(good, args):
+    """One teacher's gradient is taken 1.3 times."""
+    if good.gradients.hidden is None:
+        return good
+    layout = args[3]
+    g = good.gradients.hidden.clone()
+    g[layout.token_sequence == 0] *= 1.3
+    return with_hidden(good, g)
+
+
+def ignored_weights(good, args):
+    config = dataclasses.replace(args[6], weighting="uniform")
+    even = ReferenceBackend().score_and_loss(*args[:6], config, *args[7:])
+    return good._replace(loss=even.loss, loss_sft=even.loss_sft, gradients=even.gradients)
+
+
+def live_alpha(good, args):
+    """The gradient runs through the weights as well."""
+    hidden, weight, bias, layout, consensus, attention, config = args[:7]
+    if good.gradients.hidden is None or config.weighting != "compact" or layout.real is not None:
+        return good
+
+    def run():
+        h = hidden.detach().clone().requires_grad_()
+        logp = reference.log_softmax(h, weight, bias)
+        nll = scores.difficulty(reference.pick_targets(logp, layout.targets), layout)
+        shares = inspect.unwrap(scores.teacher_weights)(
+            good.mi, nll, consensus, attention, layout.cu_teachers, config,
+            teachers=layout.teachers,
+        )  # fmt: skip
+        loss = (shares.weights * nll).nan_to_num().sum() / layout.num_questions
+        return torch.autograd.grad(loss, h)[0]
+
+    return with_hidden(good, run())
+
+
+def bf16_accumulation(good, args):
+    g = good.gradients
+    low = [None if t is None else t.bfloat16().to(t.dtype) for t in (g.weight, g.bias)]
+    return good._replace(gradients=Gradients(g.hidden, *low))
+
+
+def swapped_teachers(good, args):
+    w = good.weights.clone()
+    a, b = args[3].cu_teachers[:2].tolist()
+    w[a:b] = w[a:b].flip(0)
+    return good._replace(weights=w)
+
+
+def not_summing_to_one(good, args):
+    return good._replace(weights=good.weights * 0.9)
+
+
+def dropped_last_token(good, args):
+    layout = args[3]
+    at = torch.where(layout.labelled, torch.arange(layout.num_tokens), -1)
+    last = torch.full((layout.num_sequences,), -1).scatter_reduce(
+        0, layout.token_sequence, at, "amax"
+    )
+    logp = good.token_logp.clone()
+    logp[last[last >= 0]] = 0
+    nll = -scores.segment_sum(logp, layout) / (layout.label_counts - 1)
+    return good._replace(nll=nll.to(good.nll.dtype))
+
+
+def sum_over_tokens(good, args):
+    return good._replace(nll=good.nll * args[3].label_counts)
+
+
+def sum_over_questions(good, args):
+    return good._replace(loss=good.loss * args[3].num_questions)
+
+
+def no_consistency(good, args):
+    return good._replace(loss=good.loss_sft)
+
+
+def mi_everywhere(good, args):
+    config = dataclasses.replace(args[6], mi_positions="all")
+    return good._replace(mi=ReferenceBackend().score_and_loss(*args[:6], config, *args[7:]).mi)
+
+
+def gradient_without_labels(good, args):
+    if good.gradients.hidden is None:
+        return good
+    g = good.gradients.hidden.clone()
+    g[~args[3].labelled] = 1e-3
+    return with_hidden(good, g)
+
+
+def unfiltered(good, args):
+    config = dataclasses.replace(args[6], filter_below=0.0)
+    return ReferenceBackend().score_and_loss(*args[:6], config, *args[7:])
+
+
+def poisoned(good, args):
+    bad = args[0].isnan().any()
+    return good._replace(loss=good.loss * torch.nan) if bad else good
+
+
+def aliased(good, args):
+    return good._replace(consensus=args[4])
+
+
+class Forgetful(ReferenceBackend):
+    """Leaves the log-sum-exp out of token_logp."""
+
+    def token_logp(self, hidden, weight, bias, targets, statistics):
+        logits = hidden @ weight.T + bias
+        _, entropy, correct = super().token_logp(hidden, weight, bias, targets, statistics)
+        return reference.pick_targets(logits, targets), entropy, correct
+
+
+class Rounding(ReferenceBackend):
+    """Rounds low-precision logits to their dtype before the log-softmax."""
+
+    def score_and_loss(self, hidden, weight, bias, layout, *rest):
+        good = super().score_and_loss(hidden, weight, bias, layout, *rest)
+        if hidden.dtype == torch.float32:
+            return good
+        logits = (hidden.float() @ weight.float().T + bias.float()).to(hidden.dtype).float()
+        logp = reference.pick_targets(logits.log_softmax(-1), layout.targets)
+        return good._replace(token_logp=logp)
+
+
+class Restless(ReferenceBackend):
+    """Not the same bits twice."""
+
+    calls = [0]
+
+    def score_and_loss(self, *args):
+        good = super().score_and_loss(*args)
+        self.calls[0] += 1
+        return good._replace(loss=good.loss * (1 + 1e-7 * (self.calls[0] % 3)))
+
+
+FAULTS = {
+    wrong_weight: r"rationale 0 has 1\.3 times the gradient that its weight .* \(wrong weight\)",
+    ignored_weights: r"the weights are ignored, every teacher counts the same",
+    live_alpha: r"flows through alpha, which must be a constant \(detached\)",
+    bf16_accumulation: r"is it accumulated or kept in bfloat16",
+    swapped_teachers: r"the right weights at the wrong teachers \(swapped\)",
+    not_summing_to_one: r"they sum to 0\.9, not 1 \(not normalised\)",
+    dropped_last_token: r"leaves out each rationale's last labelled token",
+    sum_over_tokens: r"it is a sum over tokens, not a mean",
+    sum_over_questions: r"it is a sum over questions, not a mean",
+    no_consistency: r"the consistency term is missing",
+    mi_everywhere: r"it counts positions outside the assistant's turn",
+    gradient_without_labels: r"positions without a label have a gradient",
+    unfiltered: r"filtered: other teachers or questions than the scores say|weights of question",
+    poisoned: r"one rationale's NaN reaches the loss",
+    aliased: r"consensus: the argument itself is handed back",
+}
+
+
+@pytest.mark.parametrize("spoil", FAULTS, ids=lambda f: f.__name__)
+def test_a_faulty_backend_is_told_its_fault(spoil):
+    with pytest.raises(AssertionError, match=FAULTS[spoil]):
+        check_backend(Faulty(spoil))
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        (Forgetful(), "token_logp is not normalised: .* is the log-sum-exp missing"),
+        (Rounding(), r"are logits rounded to torch.bfloat16 on the way"),
+        (Restless(), "loss: other bits on a second call"),
+    ],
+    ids=["no normalisation", "rounded logits", "not repeatable"],
+)
+def test_faults_beyond_the_result(backend, message):
+    with pytest.raises(AssertionError, match=message):
+        check_backend(backend)
+
+
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_our_backends_pass(name):
+    check_backend(name)
+
+
+def test_the_torch_backend_passes_with_tiny_chunks():
+    check_backend(TorchBackend(chunk_bytes=97 * 4 * 16, hold_bytes=0))
+
+
+def test_random_batches_hold_the_awkward_cases():
+    found = set()
+    for seed in range(10):
+        layout = random_batch(seed=seed).layout
+        found |= {"unlabelled"} if (layout.label_counts == 0).any() else set()
+        spans = layout.answer_spans
+        found |= {"no answer"} if (spans[:, 0] == spans[:, 1]).any() else set()
+    assert found == {"unlabelled", "no answer"}
