@@ -1,7 +1,6 @@
 #include "assignment.h"
 
 #include <algorithm>
-#include <atomic>
 #include <limits>
 
 #include "simd.h"
@@ -13,173 +12,228 @@
 namespace compact {
 
 namespace {
-std::atomic<int> forced_level{-1};
-}
 
-int simd_level() {
-#if COMPACT_X86
-  static const int detected =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt") ? 1 : 0;
-#else
-  static const int detected = 0;
-#endif
-  const int forced = forced_level.load(std::memory_order_relaxed);
-  return forced >= 0 ? forced : detected;
-}
+// Costs are -weight * kScale, so that a cost and its column share one integer: the minimum of
+// cost + column is the cheapest column, the lowest of equals.
+constexpr int kScaleBits = 6;
+constexpr std::int64_t kVectorColumns = std::int64_t{1} << kScaleBits;
 
-void force_simd_level(int level) { forced_level.store(level); }
-
-namespace {
-
-// One Dijkstra step: relax all open columns through `row`, and return the nearest open column (the
-// lowest of equals). `closed` is all ones for columns already reached.
 template <class T>
-std::int64_t relax(const std::int32_t* weight, std::int64_t m, T base, const T* v, T* best,
-                   std::int32_t* from, std::int32_t row, const std::int32_t* closed) {
-  T nearest = std::numeric_limits<T>::max();
-  std::int64_t at = -1;
-  for (std::int64_t j = 0; j < m; ++j) {
-    if (closed[j]) continue;
-    T d = base - v[j] - static_cast<T>(weight[j]);
-    if (d < best[j]) {
-      best[j] = d;
-      from[j] = row;
+struct TwoBest {
+  T first, second;
+  std::int32_t first_at, second_at;
+};
+
+template <class T>
+struct Nearest {
+  T distance;
+  std::int32_t at;
+};
+
+template <class T>
+struct PlainScan {
+  // The two cheapest columns of a row at the present prices.
+  static TwoBest<T> two_best(const T* cost, const T* v, std::int64_t m) {
+    constexpr T far = std::numeric_limits<T>::max();
+    TwoBest<T> out{far, far, 0, 0};
+    for (std::int64_t j = 0; j < m; ++j) {
+      const T d = cost[j] - v[j];
+      if (d < out.first) {
+        out.second = out.first;
+        out.second_at = out.first_at;
+        out.first = d;
+        out.first_at = static_cast<std::int32_t>(j);
+      } else if (d < out.second) {
+        out.second = d;
+        out.second_at = static_cast<std::int32_t>(j);
+      }
     }
-    if (best[j] < nearest) {
-      nearest = best[j];
-      at = j;
-    }
+    return out;
   }
-  return at;
-}
+
+  // One Dijkstra step: relax all open columns through `row` and return the nearest. closed is the
+  // largest value for columns already reached, the smallest for open ones.
+  static Nearest<T> relax(const T* cost, std::int64_t m, T base, const T* v, T* best,
+                          std::int32_t* from, std::int32_t row, const std::int32_t* closed) {
+    Nearest<T> out{std::numeric_limits<T>::max(), -1};
+    for (std::int64_t j = 0; j < m; ++j) {
+      if (closed[j] > 0) continue;
+      const T d = base + cost[j] - v[j];
+      if (d < best[j]) {
+        best[j] = d;
+        from[j] = row;
+      }
+      if (best[j] < out.distance) out = {best[j], static_cast<std::int32_t>(j)};
+    }
+    return out;
+  }
+};
 
 #if COMPACT_X86
-COMPACT_TARGET_AVX2 std::int64_t relax_avx2(const std::int32_t* weight, std::int64_t m,
-                                            std::int32_t base, const std::int32_t* v,
-                                            std::int32_t* best, std::int32_t* from,
-                                            std::int32_t row, const std::int32_t* closed) {
-  // v, best, from and closed are padded to whole vectors (closed columns); weight is not
-  const __m256i far = _mm256_set1_epi32(std::numeric_limits<std::int32_t>::max());
-  const __m256i bases = _mm256_set1_epi32(base), rows = _mm256_set1_epi32(row);
-  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  __m256i nearest = far, at = _mm256_set1_epi32(-1);
-  for (std::int64_t j = 0; j < m; j += 8) {
-    __m256i w;
-    if (j + 8 <= m) {
-      w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight + j));
-    } else {
-      __m256i inside = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(m - j)), lanes);
-      w = _mm256_maskload_epi32(weight + j, inside);
-    }
-    __m256i vj = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + j));
-    __m256i shut = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(closed + j));
-    __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(best + j));
-    __m256i f = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + j));
-    __m256i d = _mm256_sub_epi32(_mm256_sub_epi32(bases, vj), w);
-    __m256i better = _mm256_andnot_si256(shut, _mm256_cmpgt_epi32(b, d));
-    b = _mm256_blendv_epi8(b, d, better);
-    f = _mm256_blendv_epi8(f, rows, better);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(best + j), b);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(from + j), f);
-    __m256i open = _mm256_blendv_epi8(b, far, shut);
-    __m256i closer = _mm256_cmpgt_epi32(nearest, open);
-    nearest = _mm256_blendv_epi8(nearest, open, closer);
-    at = _mm256_blendv_epi8(at, _mm256_add_epi32(lanes, _mm256_set1_epi32(static_cast<int>(j))), closer);
-  }
-  alignas(32) std::int32_t values[8], places[8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(values), nearest);
-  _mm256_store_si256(reinterpret_cast<__m256i*>(places), at);
-  int lane = 0;
-  for (int i = 1; i < 8; ++i)
-    if (values[i] < values[lane] || (values[i] == values[lane] && places[i] < places[lane] &&
-                                     places[i] >= 0) || places[lane] < 0)
-      lane = i;
-  return places[lane];
-}
 
-COMPACT_TARGET_AVX2 std::int64_t relax_best(const std::int32_t* w, std::int64_t m, std::int32_t base,
-                                            const std::int32_t* v, std::int32_t* best,
-                                            std::int32_t* from, std::int32_t row,
-                                            const std::int32_t* closed, bool wide) {
-  return wide ? relax_avx2(w, m, base, v, best, from, row, closed)
-              : relax<std::int32_t>(w, m, base, v, best, from, row, closed);
-}
-#else
-std::int64_t relax_best(const std::int32_t* w, std::int64_t m, std::int32_t base,
-                        const std::int32_t* v, std::int32_t* best, std::int32_t* from,
-                        std::int32_t row, const std::int32_t* closed, bool) {
-  return relax<std::int32_t>(w, m, base, v, best, from, row, closed);
-}
+// The same by eight columns at once. Rows are padded to whole vectors with columns too dear to take.
+struct VectorScan {
+  COMPACT_TARGET_AVX2 static __m256i read(const std::int32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  COMPACT_TARGET_AVX2 static void write(std::int32_t* p, __m256i x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x);
+  }
+
+  COMPACT_TARGET_AVX2 static TwoBest<std::int32_t> two_best(const std::int32_t* cost,
+                                                            const std::int32_t* v, std::int64_t m) {
+    const __m256i eight = _mm256_set1_epi32(8);
+    __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256i first = _mm256_add_epi32(_mm256_sub_epi32(read(cost), read(v)), lane);
+    __m256i second = _mm256_set1_epi32(std::numeric_limits<std::int32_t>::max());
+    for (std::int64_t j = 8; j < m; j += 8) {
+      lane = _mm256_add_epi32(lane, eight);
+      const __m256i key = _mm256_add_epi32(_mm256_sub_epi32(read(cost + j), read(v + j)), lane);
+      second = _mm256_min_epi32(second, _mm256_max_epi32(first, key));
+      first = _mm256_min_epi32(first, key);
+    }
+    const auto fold = [](__m128i& a, __m128i& b, __m128i a2, __m128i b2) COMPACT_TARGET_AVX2 {
+      b = _mm_min_epi32(_mm_min_epi32(b, b2), _mm_max_epi32(a, a2));
+      a = _mm_min_epi32(a, a2);
+    };
+    __m128i a = _mm256_castsi256_si128(first), b = _mm256_castsi256_si128(second);
+    fold(a, b, _mm256_extracti128_si256(first, 1), _mm256_extracti128_si256(second, 1));
+    fold(a, b, _mm_shuffle_epi32(a, 0x4E), _mm_shuffle_epi32(b, 0x4E));
+    fold(a, b, _mm_shuffle_epi32(a, 0xB1), _mm_shuffle_epi32(b, 0xB1));
+    const std::int32_t x = _mm_cvtsi128_si32(a), y = _mm_cvtsi128_si32(b);
+    constexpr std::int32_t low = kVectorColumns - 1;
+    return {x & ~low, y & ~low, x & low, y & low};
+  }
+
+  COMPACT_TARGET_AVX2 static Nearest<std::int32_t> relax(const std::int32_t* cost, std::int64_t m,
+                                                         std::int32_t base, const std::int32_t* v,
+                                                         std::int32_t* best, std::int32_t* from,
+                                                         std::int32_t row,
+                                                         const std::int32_t* closed) {
+    const __m256i bases = _mm256_set1_epi32(base), rows = _mm256_set1_epi32(row);
+    const __m256i eight = _mm256_set1_epi32(8);
+    __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256i nearest = _mm256_set1_epi32(std::numeric_limits<std::int32_t>::max());
+    for (std::int64_t j = 0; j < m; j += 8) {
+      const __m256i d = _mm256_add_epi32(bases, _mm256_sub_epi32(read(cost + j), read(v + j)));
+      const __m256i shut = read(closed + j);
+      const __m256i old = read(best + j);
+      // a closed column's distance is final: compare as if the offer were infinite
+      const __m256i better = _mm256_cmpgt_epi32(old, _mm256_max_epi32(d, shut));
+      const __m256i now = _mm256_blendv_epi8(old, d, better);
+      write(best + j, now);
+      write(from + j, _mm256_blendv_epi8(read(from + j), rows, better));
+      nearest = _mm256_min_epi32(nearest, _mm256_max_epi32(_mm256_add_epi32(now, lane), shut));
+      lane = _mm256_add_epi32(lane, eight);
+    }
+    __m128i a = _mm_min_epi32(_mm256_castsi256_si128(nearest), _mm256_extracti128_si256(nearest, 1));
+    a = _mm_min_epi32(a, _mm_shuffle_epi32(a, 0x4E));
+    a = _mm_min_epi32(a, _mm_shuffle_epi32(a, 0xB1));
+    const std::int32_t x = _mm_cvtsi128_si32(a);
+    constexpr std::int32_t low = kVectorColumns - 1;
+    return {x & ~low, x & low};
+  }
+};
+
 #endif
 
-std::int64_t relax_best(const std::int32_t* w, std::int64_t m, std::int64_t base,
-                        const std::int64_t* v, std::int64_t* best, std::int32_t* from,
-                        std::int32_t row, const std::int32_t* closed, bool) {
-  return relax<std::int64_t>(w, m, base, v, best, from, row, closed);
+constexpr std::int64_t padded(std::int64_t m) { return (m + 7) / 8 * 8; }
+
+// Larger than any sum of costs that the narrow path admits, and far from overflow.
+template <class T>
+constexpr T too_dear() {
+  return std::numeric_limits<T>::max() / 4 & ~static_cast<T>(kVectorColumns - 1);
 }
 
 }  // namespace
 
-// Costs are -weight; rows <= columns, so every row is assigned.
 template <class T>
-void Assignment::search(const std::int32_t* weight, std::int64_t n, std::int64_t m, Duals<T>& duals) {
-  const std::int64_t padded = (m + 7) / 8 * 8;
-  const bool wide = simd_level() > 0;
-  duals.u.assign(static_cast<std::size_t>(n), 0);
-  duals.v.assign(static_cast<std::size_t>(padded), 0);
-  duals.best.resize(static_cast<std::size_t>(padded));
-  from_.resize(static_cast<std::size_t>(padded));
-  closed_.resize(static_cast<std::size_t>(padded));
-  row_of_.assign(static_cast<std::size_t>(m), -1);
-  column_of_.assign(static_cast<std::size_t>(n), -1);
-  T *u = duals.u.data(), *v = duals.v.data(), *best = duals.best.data();
-
-  // each row takes its best column where that is free; the others search
+void Assignment::load(const std::int32_t* weight, std::int64_t rows, std::int64_t columns,
+                      Prices<T>& prices) {
+  const std::int64_t n = std::min(rows, columns), m = std::max(rows, columns), stride = padded(m);
+  prices.cost.resize(static_cast<std::size_t>(n * stride));
+  constexpr T scale = -static_cast<T>(kVectorColumns);
   for (std::int64_t i = 0; i < n; ++i) {
-    const std::int32_t* row = weight + i * m;
-    std::int32_t high = row[0];
-    for (std::int64_t j = 1; j < m; ++j) high = std::max(high, row[j]);
-    u[i] = -static_cast<T>(high);
-    for (std::int64_t j = 0; j < m; ++j) {
-      if (row[j] == high && row_of_[j] < 0) {
-        row_of_[j] = static_cast<std::int32_t>(i);
-        column_of_[i] = static_cast<std::int32_t>(j);
-        break;
-      }
-    }
+    T* to = prices.cost.data() + i * stride;
+    if (rows <= columns)
+      for (std::int64_t j = 0; j < m; ++j) to[j] = scale * weight[i * columns + j];
+    else
+      for (std::int64_t j = 0; j < m; ++j) to[j] = scale * weight[j * columns + i];
+    for (std::int64_t j = m; j < stride; ++j) to[j] = too_dear<T>();
   }
-  for (std::int64_t start = 0; start < n; ++start) {
-    if (column_of_[start] >= 0) continue;
-    std::fill(duals.best.begin(), duals.best.end(), std::numeric_limits<T>::max());
-    std::fill(closed_.begin(), closed_.begin() + m, 0);
-    std::fill(closed_.begin() + m, closed_.end(), -1);
+}
+
+// n <= m: every row is assigned.
+template <class T, class Scan>
+void Assignment::search(std::int64_t n, std::int64_t m, Prices<T>& prices) {
+  const std::int64_t stride = padded(m);
+  prices.v.assign(static_cast<std::size_t>(stride), 0);
+  prices.best.resize(static_cast<std::size_t>(stride));
+  from_.resize(static_cast<std::size_t>(stride));
+  closed_.resize(static_cast<std::size_t>(stride));
+  row_of_.assign(static_cast<std::size_t>(m), -1);
+  column_of_.resize(static_cast<std::size_t>(n));
+  free_.resize(static_cast<std::size_t>(n));
+  const T* cost = prices.cost.data();
+  T *v = prices.v.data(), *best = prices.best.data();
+
+  // Rows bid: a row raises the price of its best column until its second best is as good. A row that
+  // is outbid bids again at once; after a tie it waits for the next round.
+  std::int64_t left = n;
+  for (std::int64_t i = 0; i < n; ++i) free_[i] = static_cast<std::int32_t>(i);
+  for (int round = 0; round < 2 && left > 0 && m > 1; ++round) {
+    std::int64_t at = 0, next = 0, bids = 8 * n;
+    const std::int64_t count = left;
+    while (at < count) {
+      const std::int32_t i = free_[at++];
+      const TwoBest<T> two = Scan::two_best(cost + i * stride, v, m);
+      std::int32_t j = two.first_at;
+      const bool strict = two.first < two.second;
+      if (strict)
+        v[j] -= two.second - two.first;
+      else if (row_of_[j] >= 0)
+        j = two.second_at;
+      const std::int32_t outbid = row_of_[j];
+      row_of_[j] = i;
+      column_of_[i] = j;
+      if (outbid < 0) continue;
+      if (strict && --bids > 0)
+        free_[--at] = outbid;
+      else
+        free_[next++] = outbid;
+    }
+    left = next;
+  }
+
+  for (std::int64_t f = 0; f < left; ++f) {
+    const std::int32_t start = free_[f];
+    std::fill(prices.best.begin(), prices.best.end(), too_dear<T>());
+    std::fill(closed_.begin(), closed_.end(), std::numeric_limits<std::int32_t>::min());
     reached_.clear();
     T distance = 0;
-    auto row = static_cast<std::int32_t>(start);
-    std::int64_t sink = -1;
+    std::int32_t row = start, sink = -1;
+    T base = 0;
     for (;;) {
-      const std::int64_t j = relax_best(weight + row * m, m, distance - u[row], v, best,
-                                        from_.data(), row, closed_.data(), wide);
-      distance = best[j];
-      closed_[j] = -1;
-      if (row_of_[j] < 0) {
-        sink = j;
+      const Nearest<T> found =
+          Scan::relax(cost + row * stride, m, base, v, best, from_.data(), row, closed_.data());
+      distance = found.distance;
+      closed_[found.at] = std::numeric_limits<std::int32_t>::max();
+      if (row_of_[found.at] < 0) {
+        sink = found.at;
         break;
       }
-      reached_.push_back(static_cast<std::int32_t>(j));
-      row = row_of_[j];
+      reached_.push_back(found.at);
+      row = row_of_[found.at];
+      // the matched column of `row` has reduced cost 0
+      base = distance - (cost[row * stride + found.at] - v[found.at]);
     }
-    u[start] += distance;
-    for (std::int32_t j : reached_) {
-      const T change = distance - best[j];
-      u[row_of_[j]] += change;
-      v[j] -= change;
-    }
-    for (std::int64_t j = sink;;) {
+    for (std::int32_t j : reached_) v[j] += best[j] - distance;
+    for (std::int32_t j = sink;;) {
       const std::int32_t i = from_[j];
       row_of_[j] = i;
-      const std::int32_t next = column_of_[i];
-      column_of_[i] = static_cast<std::int32_t>(j);
+      std::int32_t next = -1;
+      if (i != start) next = column_of_[i];
+      column_of_[i] = j;
       if (i == start) break;
       j = next;
     }
@@ -190,30 +244,27 @@ std::int64_t Assignment::solve(const std::int32_t* weight, std::int64_t rows, st
                                std::int32_t* assigned) {
   if (assigned) std::fill(assigned, assigned + rows, -1);
   if (rows == 0 || columns == 0) return 0;
-  const bool transposed = rows > columns;
   const std::int64_t n = std::min(rows, columns), m = std::max(rows, columns);
-  const std::int32_t* w = weight;
-  if (transposed) {
-    flipped_.resize(static_cast<std::size_t>(n * m));
-    for (std::int64_t i = 0; i < rows; ++i)
-      for (std::int64_t j = 0; j < columns; ++j) flipped_[j * m + i] = weight[i * columns + j];
-    w = flipped_.data();
+  const std::int32_t largest = *std::max_element(weight, weight + n * m);
+  if (std::int64_t{largest} * (n + 2) < (std::int64_t{1} << (28 - kScaleBits))) {
+    load(weight, rows, columns, narrow_);
+#if COMPACT_X86
+    if (m <= kVectorColumns && simd_level() > 0)
+      search<std::int32_t, VectorScan>(n, m, narrow_);
+    else
+#endif
+      search<std::int32_t, PlainScan<std::int32_t>>(n, m, narrow_);
+  } else {
+    load(weight, rows, columns, wide_);
+    search<std::int64_t, PlainScan<std::int64_t>>(n, m, wide_);
   }
-  const std::int32_t largest = *std::max_element(w, w + n * m);
-  if (std::int64_t{largest} * (n + 2) < (std::int64_t{1} << 30))
-    search<std::int32_t>(w, n, m, narrow_);
-  else
-    search<std::int64_t>(w, n, m, wide_);
   std::int64_t value = 0;
   for (std::int64_t i = 0; i < n; ++i) {
-    const std::int32_t j = column_of_[i];
-    const std::int32_t gain = w[i * m + j];
+    const std::int64_t j = column_of_[i];
+    const std::int64_t row = rows > columns ? j : i, column = rows > columns ? i : j;
+    const std::int32_t gain = weight[row * columns + column];
     value += gain;
-    if (!assigned || gain == 0) continue;
-    if (transposed)
-      assigned[j] = static_cast<std::int32_t>(i);
-    else
-      assigned[i] = j;
+    if (assigned && gain > 0) assigned[row] = static_cast<std::int32_t>(column);
   }
   return value;
 }

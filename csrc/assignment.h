@@ -1,4 +1,4 @@
-// Linear sum assignment (maximum weight), by shortest augmenting paths.
+// Linear sum assignment (maximum weight).
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,10 @@ namespace compact {
 // Weights are >= 0; rows and columns may stay unmatched, at no gain (a pair of weight 0 counts as
 // unmatched). The VALUE is unique; among several optima the one returned is the same everywhere.
 //
-// After R. Jonker and A. Volgenant, Computing 38 (1987) 325-340, in the form of D. F. Crouse, IEEE
-// Trans. Aerospace Electronic Systems 52 (2016) 1679-1696: one Dijkstra search a row.
+// After R. Jonker and A. Volgenant, Computing 38 (1987) 325-340: augmenting row reduction (rows bid
+// for their best column, at most twice), then one shortest augmenting path for every row left.
+// Rectangular problems keep the price of unassigned columns at 0, as D. F. Crouse does, IEEE Trans.
+// Aerospace Electronic Systems 52 (2016) 1679-1696.
 class Assignment {
  public:
   // weight[i * columns + j]; assigned[i] becomes the column of row i, or -1.
@@ -19,15 +21,17 @@ class Assignment {
 
  private:
   template <class T>
-  struct Duals {
-    std::vector<T> u, v, best;
+  struct Prices {
+    std::vector<T> cost, v, best;
   };
+  template <class T, class Scan>
+  void search(std::int64_t n, std::int64_t m, Prices<T>& prices);
   template <class T>
-  void search(const std::int32_t* weight, std::int64_t n, std::int64_t m, Duals<T>& duals);
+  void load(const std::int32_t* weight, std::int64_t rows, std::int64_t columns, Prices<T>& prices);
 
-  Duals<std::int32_t> narrow_;  // while no sum of weights can overflow 32 bits
-  Duals<std::int64_t> wide_;
-  std::vector<std::int32_t> flipped_, from_, row_of_, column_of_, closed_, reached_;
+  Prices<std::int32_t> narrow_;  // while no sum of costs can overflow 32 bits
+  Prices<std::int64_t> wide_;
+  std::vector<std::int32_t> from_, row_of_, column_of_, closed_, reached_, free_;
 };
 
 }  // namespace compact

@@ -1,0 +1,24 @@
+#include "simd.h"
+
+#include <atomic>
+
+namespace compact {
+
+namespace {
+std::atomic<int> forced_level{-1};
+}
+
+int simd_level() {
+#if COMPACT_X86
+  static const int detected =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt") ? 1 : 0;
+#else
+  static const int detected = 0;
+#endif
+  const int forced = forced_level.load(std::memory_order_relaxed);
+  return forced >= 0 ? forced : detected;
+}
+
+void force_simd_level(int level) { forced_level.store(level); }
+
+}  // namespace compact
