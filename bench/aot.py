@@ -39,6 +39,8 @@ class Compiled:
     constants: dict[str, Any]
     registers: int
     spills: int  # instructions that move registers to or from local memory
+    num_warps: int
+    num_stages: int
     shared_bytes: int
     shared_limit: int
     instructions: dict[str, int]  # matrix and bulk-copy instructions by mnemonic
@@ -109,6 +111,8 @@ def _inspect(name: str, arch: str, constants: dict[str, Any], kernel: Any) -> Co
         constants=constants,
         registers=registers,
         spills=spills,
+        num_warps=kernel.metadata.num_warps,
+        num_stages=kernel.metadata.num_stages,
         shared_bytes=shared,
         shared_limit=launch.SHARED_MEMORY_LIMIT[arch],
         instructions={n: count for n, count in found.items() if count},

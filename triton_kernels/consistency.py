@@ -127,7 +127,7 @@ def consistency(
     block_k = next_power_of_2(teachers)
     consistency_kernel[(B,)](
         logits, grad, alpha, lengths, value, pair_floor, teachers, V, logits.stride(0),
-        grad.stride(0), BLOCK_K=block_k, BLOCK_V=max(64, min(1024, 4096 // block_k)),
+        grad.stride(0), BLOCK_K=block_k, BLOCK_V=max(64, min(512, 2048 // block_k)),
         num_warps=8, num_stages=1, **UNFUSED,
     )  # fmt: skip
     return value

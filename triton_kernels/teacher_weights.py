@@ -31,8 +31,6 @@ from torch import Tensor
 from .launch import UNFUSED, next_power_of_2
 
 STD_FLOOR = tl.constexpr(1e-4)  # added to every standard deviation
-NAN = tl.constexpr(float("nan"))
-INFINITY = tl.constexpr(float("inf"))
 
 Rule = Literal["softmax", "best", "shares"]
 ConsensusRule = Literal["none", "given", "both"]
@@ -106,9 +104,9 @@ def sequence_scores_kernel(
             t = t0 + lanes
             stated += tl.load(logp_ptr + t, mask=t < last, other=0.0).to(tl.float64)
         value = tl.sum(stated, 0) - tl.load(prior_ptr + s).to(tl.float64)
-        tl.store(mi_ptr + s, tl.where(last > first, value, NAN).to(tl.float32))
+        tl.store(mi_ptr + s, tl.where(last > first, value, float("nan")).to(tl.float32))
     else:
-        tl.store(mi_ptr + s, NAN)
+        tl.store(mi_ptr + s, float("nan"))
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,7 @@ def sequence_scores_ref(
 
 @triton.jit
 def _finite(v):
-    return (v == v) & (tl.abs(v) != INFINITY)
+    return (v == v) & (tl.abs(v) != float("inf"))
 
 
 @triton.jit
@@ -245,7 +243,7 @@ def teacher_weights_kernel(
         attention = tl.load(attention_ptr + s, mask=member, other=0.0).to(tl.float64)
         use = finite & _finite(cons) & _finite(attention)
         both = (_z_scores(cons, use, floor) + _z_scores(attention, use, floor)) / 2.0
-        cons = tl.where(use, both, NAN)
+        cons = tl.where(use, both, float("nan"))
     if CONSENSUS_USED:
         finite = finite & _finite(cons)
 
@@ -259,15 +257,15 @@ def teacher_weights_kernel(
 
     filtered = member & (zero > 0)
     if CONSENSUS != "none" and FILTER_BELOW > 0:
-        top = tl.max(tl.where(finite, filter_on, -INFINITY), 0)
-        limit = tl.where(top > 0, FILTER_BELOW * top, -INFINITY)
+        top = tl.max(tl.where(finite, filter_on, float("-inf")), 0)
+        limit = tl.where(top > 0, FILTER_BELOW * top, float("-inf"))
         filtered = finite & (filter_on < limit)
     allowed = finite & (filtered == 0)
 
     if RULE == "shares":
         raw = tl.load(shares_ptr + s, mask=member, other=0.0).to(tl.float64)
     else:
-        best = tl.max(tl.where(allowed, score, -INFINITY), 0)
+        best = tl.max(tl.where(allowed, score, float("-inf")), 0)
         if RULE == "best":
             raw = (score == best).to(tl.float64)
         else:

@@ -60,8 +60,8 @@ class TritonBackend:
             return f"tier='fused' needs bfloat16, not {spec.dtype}"
         from compact_fast.triton_kernels.products import library_is_wide
 
-        if spec.dtype == torch.bfloat16 and not library_is_wide():
-            return f"torch {torch.__version__} cannot multiply bfloat16 into float32; it needs 2.8"
+        if spec.dtype == torch.bfloat16 and not library_is_wide(spec.device):
+            return f"torch {torch.__version__} cannot multiply bfloat16 into float32 on this device"
         return True
 
     def score_and_loss(

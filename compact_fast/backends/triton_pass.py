@@ -160,7 +160,7 @@ class TritonPass:
     def _factors(self, group: Group, rows: Tensor, total: Tensor, scores: _Scores) -> Tensor:
         """alpha / |A| / total of each row; 0 without a label or a weight, [n]."""
         layout, s = self.layout, group.sequences
-        return row_factors(
+        factor: Tensor = row_factors(
             scores.shares.weights,
             layout.label_counts[s],
             layout.token_sequence[rows],
@@ -168,6 +168,7 @@ class TritonPass:
             total,
             first_sequence=s.start,
         )
+        return factor
 
     # ---- scores ------------------------------------------------------------------------------
 
@@ -239,7 +240,7 @@ class TritonPass:
         x = hidden[rows.clamp(min=0)].to(self.head.weight.dtype)
         logits = self.head.logits(x)
         grad = torch.empty_like(logits, dtype=self.head.weight.dtype)
-        value = consistency(
+        value: Tensor = consistency(
             logits,
             weight,
             lengths,

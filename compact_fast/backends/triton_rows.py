@@ -95,7 +95,8 @@ class DeviceHead:
 
     @property
     def row_bytes(self) -> int:
-        return padded_width(self.vocab) * (self.weight.element_size() if self.fused else 4)
+        width: int = padded_width(self.vocab)
+        return width * (self.weight.element_size() if self.fused else 4)
 
     @property
     def max_rows(self) -> int:
@@ -121,7 +122,7 @@ class DeviceHead:
 
     def logits(self, x: Tensor) -> Tensor:
         """Float32 logits [n, V] of x [n, D] in new memory."""
-        z = product(x, self.weight.T)
+        z: Tensor = product(x, self.weight.T)
         return z if self.bias is None else z.add_(self.bias)
 
     def measure(

@@ -4,13 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from compact_fast.triton_kernels import launch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compact_fast import CompactConfig
 from compact_fast.backends.protocol import Needs, RunSpec
 from compact_fast.backends.reference_backend import ReferenceBackend
 from compact_fast.backends.triton_backend import TritonBackend
+from compact_fast.backends.triton_pass import TritonPass
+from compact_fast.backends.triton_plan import make_plan
+from compact_fast.backends.triton_rows import DeviceHead
 from compact_fast.layout import TokenLayout
-from compact_fast.triton_kernels import launch
 
 REFERENCE = ReferenceBackend()
 ALL = Needs(True, True, True)
@@ -179,6 +183,57 @@ def test_token_logp_and_its_gradients(monkeypatch):
     grads = REFERENCE.token_logp_gradients(upstream.double(), *exact, targets, ALL)
     for a, b in zip(got, grads, strict=True):
         assert (a.double() - b).norm() / b.norm() < 2.0**-7
+
+
+def eager(problem, config, weights):
+    """Gradients of the weighted loss as plain bfloat16 autograd makes them."""
+    hidden, weight, _, layout, *_ = problem
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logp = (h @ w.T).float().log_softmax(1).gather(1, layout.targets.clamp(min=0)[:, None])
+    scale = weights[layout.token_sequence] / layout.label_counts[layout.token_sequence].clamp(min=1)
+    loss = -(logp.squeeze(1) * scale * layout.labelled).sum() / layout.num_questions
+    return torch.autograd.grad(loss, (h, w))
+
+
+@pytest.mark.parametrize("confident", [False, True])
+@pytest.mark.parametrize("tier", ["fused", "library"])
+def test_no_worse_than_bfloat16_autograd(tier, confident):
+    hidden, weight, bias, layout, *scores = batch(V=150, D=64, dtype=torch.bfloat16)
+    if confident:  # p > 0.99 at every label
+        weight = torch.nn.functional.normalize(weight.float()).bfloat16()
+        hidden = 14 * weight[layout.targets.clamp(min=0)]
+    problem = (hidden, weight, bias, layout, *scores)
+    config = CompactConfig(consistency="off")
+    needs = Needs(True, True, False)
+    got, want = both(problem, config, needs=needs, bias=False, backend=TritonBackend(tier=tier))
+    if confident:
+        assert want.token_logp[layout.labelled].min() > -0.01
+    torch.testing.assert_close(got.token_logp.double(), want.token_logp, rtol=0, atol=1e-5)
+    plain = eager(problem, config, got.weights)
+    for ours, theirs, exact in zip(got.gradients, plain, want.gradients, strict=False):
+        size = exact.norm()
+        ulp = 2.0**-8 / 3**0.5 / 2  # rms of rounding the result to bfloat16
+        assert (ours - exact).norm() / size <= (theirs - exact).norm() / size + ulp
+
+
+class NoReading(TorchDispatchMode):
+    """Fails where the host would have to wait for a value."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_step_reads_nothing_back(frozen):
+    hidden, weight, bias, layout, consensus, attention = batch(dtype=torch.bfloat16)
+    config, backend = CompactConfig(mi="logprob"), TritonBackend()
+    head = DeviceHead.of(backend, hidden, weight, bias)
+    plan = make_plan(layout, config, hidden.device, head.max_rows)
+    work = TritonPass(head, layout, plan, consensus, attention, config, None, True)
+    with NoReading():
+        work.run(hidden, weight, bias, Needs(True, not frozen, not frozen))
 
 
 def test_deterministic():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-
+from compact_fast.triton_kernels import products
 from compact_fast.triton_kernels.consistency import consistency, consistency_ref
 from compact_fast.triton_kernels.gradient_rows import (
     clear_rows,
@@ -12,6 +12,24 @@ from compact_fast.triton_kernels.gradient_rows import (
     scale_rows,
     scale_rows_ref,
 )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products(dtype, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(50, 33, generator=g).to(dtype), torch.randn(33, 20, generator=g).to(dtype)
+    start = torch.randn(50, 20, generator=g)
+    near = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(products.product(a, b).double(), products.product_ref(a, b), **near)
+    into = torch.empty(50, 24)[:, :20]
+    products.product(a, b, out=into)
+    torch.testing.assert_close(into.double(), products.product_ref(a, b), **near)
+    monkeypatch.setattr(products, "BLOCK_BYTES", 7 * 4 * 20)  # 7 rows a block
+    want = start.double() + products.product_ref(a, b)
+    for add in (products.add_product, products.add_product_by_blocks):
+        out = start.clone()
+        add(out, a, b)
+        torch.testing.assert_close(out.double(), want, **near)
 
 
 def test_row_factors():
