@@ -120,8 +120,11 @@ def _override(
         out.overrides.append((key, Setting(True, flag)))
         return
     if given is None and key not in known and (not rest or rest[0].startswith("--")):
-        # most likely a mistyped switch of the verb's own
-        raise ValueError(f"{flag}: unknown option{near(key, [*own, *known])}")
+        if close := near(key, own):
+            raise ValueError(f"{flag}: unknown option{close}")
+        # a switch of the trainer's; who knows its fields will judge it
+        out.overrides.append((key, Setting(True, flag)))
+        return
     text = given if given is not None else _value(flag, rest)
     out.overrides.append((key, Setting(parse_text(text, hint), flag)))
 

@@ -71,8 +71,10 @@ def _introduce(inputs: Inputs) -> None:
     config = inputs.config
     choice = backend_choice(config, inputs.student.model)
     questions = len(trainable_rows(config, inputs.train.rows))
-    steps, epochs = count_steps(config, questions, int(os.environ.get("WORLD_SIZE", "1")))
-    per_step = config.training.questions_per_step * config.training.gradient_accumulation_steps
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    steps, epochs = count_steps(config, questions, processes)
+    t = config.training
+    per_step = t.questions_per_step * t.gradient_accumulation_steps * processes
     say(f"Method     {method_line(config)}")
     say(f"Backend    {choice.backend.name} ({choice.reason})")
     say(f"Steps      {steps:,} of {per_step} questions, {epochs:.3g} epochs")

@@ -28,6 +28,7 @@ def overrides(*words: str) -> dict[str, object]:
         (["--system-prompt", "3"], {"system_prompt": "3"}),
         (["--system-prompt="], {"system_prompt": ""}),
         (["--warmup-steps", "3"], {"warmup_steps": 3}),
+        (["--use-cpu", "--tau", "2"], {"use_cpu": True, "tau": 2}),
         (["--consistency", "off"], {"consistency": "off"}),
         (["--tau", "1", "--tau", "2"], {"tau": 2}),
     ],

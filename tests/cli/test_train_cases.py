@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,34 @@ def test_the_same_command_gives_the_same_model(train, tmp_path):
     first = model.read_bytes()
     assert train("--overwrite")[0] == 0  # tokens and consensus now come from the cache
     assert model.read_bytes() == first
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(train, tmp_path, monkeypatch):
+    import compact_fast.trainer.trainer as trainer
+
+    more = ("--max-steps", "4", "--eval-data", "arithmetic", "--eval-questions", "4")
+    more = (*more, "--max-new-tokens", "4", "--samples", "1")
+    assert train(*more)[0] == 0
+    model = tmp_path / "run" / "model" / "model.safetensors"
+    first = model.read_bytes()
+
+    real, calls = trainer.compact_step, []
+
+    def step(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "compact_step", step)
+    code, _, err = train(*more, "--overwrite")
+    assert code == 143
+    assert "stopped by SIGTERM after step 2; checkpoint-2 is whole" in err
+    assert not model.exists()
+    code, out, err = train(*more)
+    assert code == 0, err
+    assert model.read_bytes() == first
+    assert "Before " in out
 
 
 def test_an_adapter_is_trained_saved_and_loaded(train, go, tmp_path, rationales):
