@@ -240,13 +240,26 @@ void Assignment::search(std::int64_t n, std::int64_t m, Prices<T>& prices) {
   }
 }
 
+std::int64_t Assignment::loss(std::int64_t i, std::int64_t j) const {
+  if (flipped_) std::swap(i, j);
+  const auto reduced = [&](const auto& prices) -> std::int64_t {
+    const auto* cost = prices.cost.data() + i * stride_;
+    const std::int32_t taken = column_of_[i];
+    return (cost[j] - prices.v[j]) - (cost[taken] - prices.v[taken]);
+  };
+  return (is_narrow_ ? reduced(narrow_) : reduced(wide_)) / kVectorColumns;
+}
+
 std::int64_t Assignment::solve(const std::int32_t* weight, std::int64_t rows, std::int64_t columns,
                                std::int32_t* assigned) {
   if (assigned) std::fill(assigned, assigned + rows, -1);
   if (rows == 0 || columns == 0) return 0;
   const std::int64_t n = std::min(rows, columns), m = std::max(rows, columns);
   const std::int32_t largest = *std::max_element(weight, weight + n * m);
-  if (std::int64_t{largest} * (n + 2) < (std::int64_t{1} << (28 - kScaleBits))) {
+  is_narrow_ = std::int64_t{largest} * (n + 2) < (std::int64_t{1} << (28 - kScaleBits));
+  flipped_ = rows > columns;
+  stride_ = padded(m);
+  if (is_narrow_) {
     load(weight, rows, columns, narrow_);
 #if COMPACT_X86
     if (m <= kVectorColumns && simd_level() > 0)

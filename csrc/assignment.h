@@ -19,6 +19,9 @@ class Assignment {
   std::int64_t solve(const std::int32_t* weight, std::int64_t rows, std::int64_t columns,
                      std::int32_t* assigned = nullptr);
 
+  // After solve(): by how much, at least, the value falls if row i takes column j.
+  std::int64_t loss(std::int64_t i, std::int64_t j) const;
+
  private:
   template <class T>
   struct Prices {
@@ -31,6 +34,8 @@ class Assignment {
 
   Prices<std::int32_t> narrow_;  // while no sum of costs can overflow 32 bits
   Prices<std::int64_t> wide_;
+  bool is_narrow_ = true, flipped_ = false;
+  std::int64_t stride_ = 0;
   std::vector<std::int32_t> from_, row_of_, column_of_, closed_, reached_, free_;
 };
 

@@ -162,39 +162,80 @@ std::int64_t Matcher::improve(const Problem& p, std::vector<std::int32_t>& colum
   row_of_.assign(static_cast<std::size_t>(p.m), -1);
   for (std::int64_t i = 0; i < p.n; ++i)
     if (column_of[i] >= 0) row_of_[column_of[i]] = static_cast<std::int32_t>(i);
+  auto worth = [&](std::int64_t row, std::int32_t column) {
+    return column < 0 ? 0 : contribution(p, column_of.data(), row, column);
+  };
+  // c_ counts half of each edge: a pair never contributes more than this
+  auto ceiling = [&](std::int64_t row, std::int32_t column) -> std::int64_t {
+    if (column < 0) return 0;
+    const std::int64_t at = row * p.m + column;
+    return (2 * std::int64_t{c_[at]} - p.s[at]) << kShift;
+  };
   for (bool better = true; better;) {
     better = false;
     for (std::int64_t i = 0; i < p.n; ++i) {
+      std::int64_t mine = worth(i, column_of[i]);
       for (std::int64_t j = 0; j < p.m; ++j) {
-        const std::int32_t old = column_of[i];
+        const std::int32_t old = column_of[i], column = static_cast<std::int32_t>(j);
         if (old == j || p.s[i * p.m + j] == 0) continue;
         const std::int32_t other = row_of_[j];
-        auto worth = [&](std::int64_t row, std::int32_t column) {
-          return column < 0 ? 0 : contribution(p, column_of.data(), row, column);
-        };
-        std::int64_t before = worth(i, old);
+        const std::int64_t most = ceiling(i, column) + (other >= 0 ? ceiling(other, old) : 0);
+        if (most <= mine) continue;
+        std::int64_t before = mine;
         column_of[i] = kOpen;
         if (other >= 0) {
-          before += worth(other, static_cast<std::int32_t>(j));
+          before += worth(other, column);
           column_of[other] = kOpen;
         }
-        std::int64_t after = worth(i, static_cast<std::int32_t>(j));
-        column_of[i] = static_cast<std::int32_t>(j);
-        if (other >= 0) after += worth(other, old);
+        std::int64_t after = most <= before ? 0 : worth(i, column);
+        column_of[i] = column;
+        if (other >= 0 && most > before) after += worth(other, old);
         if (after > before) {
           if (other >= 0) column_of[other] = old;
           row_of_[j] = static_cast<std::int32_t>(i);
           if (old >= 0) row_of_[old] = other;
           best += after - before;
+          mine = worth(i, column);
           better = true;
         } else {
           column_of[i] = old;
-          if (other >= 0) column_of[other] = static_cast<std::int32_t>(j);
+          if (other >= 0) column_of[other] = column;
         }
       }
     }
   }
   return best;
+}
+
+// Drops pairs that no matching better than the best known can use, again and again, for every pair
+// less lowers the bounds of its neighbours. Returns the bound of what is left, in 1 / kOne.
+std::int64_t Matcher::reduce(Problem& p, int fine, std::int64_t& best,
+                             std::vector<std::int32_t>& columns) {
+  kept_.assign(p.s, p.s + p.n * p.m);
+  p.s = kept_.data();
+  std::vector<std::int32_t>& guess = trial_;
+  guess.resize(static_cast<std::size_t>(p.n));
+  for (;;) {
+    bounds(p, nullptr, nullptr, fine);
+    const std::int64_t ceiling = lap_.solve(c_.data(), p.n, p.m, guess.data());
+    const std::int64_t value = objective(p, guess.data());
+    if (value > best) {
+      best = value;
+      columns = guess;
+    }
+    const std::int64_t known = best >> kShift;
+    if (ceiling >> fine <= known) return known;
+    bool dropped = false;
+    for (std::int64_t i = 0; i < p.n; ++i) {
+      for (std::int64_t j = 0; j < p.m; ++j) {
+        std::int32_t& s = kept_[static_cast<std::size_t>(i * p.m + j)];
+        if (s == 0 || (ceiling - lap_.loss(i, j)) >> fine > known) continue;
+        s = 0;
+        dropped = true;
+      }
+    }
+    if (!dropped) return ceiling >> fine;
+  }
 }
 
 // Depth-first branch and bound over rows; every node solves the assignment that bounds it.
@@ -294,16 +335,23 @@ MatchOutcome Matcher::match(Mode mode, const std::int32_t* similarity, std::int6
     out.value = value >> kShift;
     out.proven = out.value == ceiling;
     if (mode == Mode::kExact && !out.proven) {
-      int fine = 0;
+      bounds(p, nullptr, nullptr, 0);
       const std::int64_t largest = c_.empty() ? 0 : *std::max_element(c_.begin(), c_.end());
-      while (fine < 8 && (largest << (fine + 1)) * (std::min(n, m) + 2) < (std::int64_t{1} << 30))
+      int fine = 0;
+      while (fine < 6 && (largest << (fine + 2)) * (std::min(n, m) + 2) < (std::int64_t{1} << 22))
         ++fine;
+      const std::int64_t reduced = reduce(p, fine, value, columns);
+      if (reduced <= value >> kShift) {
+        out = {value >> kShift, value >> kShift, true};
+        if (assigned) std::copy(columns.begin(), columns.end(), assigned);
+        return out;
+      }
       Search search{*this, p, fine, node_budget, value, columns, {}, {}};
       search.column_of.assign(static_cast<std::size_t>(n), kOpen);
       search.taken.assign(static_cast<std::size_t>(m), 0);
       order_rows(p);
       std::vector<std::int32_t> guess = columns;
-      search.run(0, ceiling, guess);
+      search.run(0, std::min(ceiling, reduced), guess);
       columns = search.best_columns;
       out.value = search.best >> kShift;
       out.bound = search.complete ? out.value : std::max(out.value, search.open_bound);

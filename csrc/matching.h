@@ -68,11 +68,12 @@ class Matcher {
   std::int64_t contribution(const Problem& p, const std::int32_t* column_of, std::int64_t i,
                             std::int64_t j) const;
   std::int64_t improve(const Problem& p, std::vector<std::int32_t>& column_of);
+  std::int64_t reduce(Problem& p, int fine, std::int64_t& best, std::vector<std::int32_t>& columns);
   void order_rows(const Problem& p);
 
   Assignment lap_;
   Neighbours na_, nb_;
-  std::vector<std::int32_t> c_, price_, columns_, trial_, row_of_, work_, order_;
+  std::vector<std::int32_t> kept_, c_, price_, columns_, trial_, row_of_, work_, order_;
 };
 
 }  // namespace compact
