@@ -25,7 +25,7 @@ from compact_fast import __version__
 from compact_fast.arithmetic.steps import is_affected
 from compact_fast.arithmetic.styles import STYLES, style_of
 from compact_fast.arithmetic.teachers import SCENARIOS, make_questions
-from compact_fast.arithmetic.warm_up import EASY
+from compact_fast.arithmetic.warm_up import KNOWN_WORDS
 from compact_fast.arithmetic.world import make_problems
 from compact_fast.cli.main import main as compact_fast
 from compact_fast.evaluate import PromptBuilder
@@ -39,7 +39,7 @@ RESULTS = ROOT / "bench" / "results" / "arithmetic_weightings.csv"
 RECIPE = ROOT / "recipes" / "arithmetic.yaml"
 WEIGHTINGS = ("compact", "uniform", "single", "correct", "consensus", "difficulty", "mi", "best")
 TEST_SEED = 5_000_011  # no training or evaluation seed of any run
-PROBLEMS, EASY_PROBLEMS, SAMPLES = 400, 200, 2
+PROBLEMS, KNOWN_PROBLEMS, SAMPLES = 400, 200, 2
 COLUMNS = (
     "date",
     "version",
@@ -55,7 +55,7 @@ COLUMNS = (
     "greedy",
     "sampled",
     "greedy_affected",
-    "easy",
+    "known_words",
     "weight_wrong",
     "filtered",
     *(f"sampled_{style}" for style in STYLES),
@@ -63,7 +63,7 @@ COLUMNS = (
 
 
 def measure(student: str) -> dict[str, float]:
-    """Accuracies on held-out problems: all, those the misleading fault affects, easy, by style."""
+    """Accuracies on held-out problems: all, affected by the fault, in known words, by style."""
     loaded = load_student(student, dtype="fp32")
     prompts = PromptBuilder(loaded.tokenizer)
     problems = make_problems(PROBLEMS, TEST_SEED)
@@ -73,8 +73,8 @@ def measure(student: str) -> dict[str, float]:
     drawn = exact_match(
         loaded.model, questions, prompts, temperature=1.0, samples=SAMPLES, seed=1, **asked
     )
-    easy_questions = make_questions(EASY_PROBLEMS, TEST_SEED, EASY, scenario="clean")
-    easy = exact_match(loaded.model, easy_questions, prompts, **asked)
+    known_questions = make_questions(KNOWN_PROBLEMS, TEST_SEED, KNOWN_WORDS, scenario="clean")
+    known = exact_match(loaded.model, known_questions, prompts, **asked)
     affected = [
         answer.right
         for problem, answer in zip(problems, greedy.answers, strict=True)
@@ -84,7 +84,7 @@ def measure(student: str) -> dict[str, float]:
         "greedy": greedy.share.accuracy,
         "sampled": drawn.share.accuracy,
         "greedy_affected": statistics.fmean(affected),
-        "easy": easy.share.accuracy,
+        "known_words": known.share.accuracy,
     }
     for style in STYLES:
         right = [a.right for a in drawn.answers if style_of(a.text) == style]
@@ -159,14 +159,14 @@ def summary(path: Path) -> str:
     for scenario, weighting in dict.fromkeys((r["scenario"], r["weighting"]) for r in rows):
         these = [r for r in rows if (r["scenario"], r["weighting"]) == (scenario, weighting)]
         line = [scenario, weighting, str(len(these))]
-        for name in ("greedy", "sampled", "greedy_affected", "easy", "weight_wrong"):
+        for name in ("greedy", "sampled", "greedy_affected", "known_words", "weight_wrong"):
             values = [float(r[name]) for r in these if r[name]]
             line.append(f"{statistics.fmean(values):.3f}")
             if name in ("greedy", "sampled"):
                 line[-1] += f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
         lines.append(line)
     headers = ["scenario", "weighting", "seeds", "greedy", "sampled", "greedy, affected"]
-    return table([*headers, "easy", "weight on wrong"], lines)
+    return table([*headers, "known words", "weight on wrong"], lines)
 
 
 def main() -> None:

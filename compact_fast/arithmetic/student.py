@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from compact_fast.arithmetic.steps import MAX_NUMBER
-from compact_fast.arithmetic.topics import DAYS, ENDINGS, TOPICS
+from compact_fast.arithmetic.topics import COMMON_EVENTS, DAYS, ENDINGS, TOPICS
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 """Folder of the shipped student; any loader of pretrained models reads it."""
@@ -48,11 +48,11 @@ _PIECES = r"\d+|[^\W\d]+|[^\w\s]"
 
 
 def _phrases() -> Iterator[str]:
-    yield from (_STYLE_WORDS, _THINKING_WORDS, *DAYS)
+    yield from (_STYLE_WORDS, _THINKING_WORDS, *DAYS, *COMMON_EVENTS.values())
     for topic in TOPICS:
         owners = topic.owners
         yield from (*owners, *(o[0].upper() + o[1:] for o in owners), *topic.things)
-        yield from (*topic.start, *topic.packed, *topic.distractors)
+        yield from (*topic.start, topic.packed, *topic.distractors)
         for phrases in topic.events.values():
             yield from phrases
     for endings in ENDINGS.values():

@@ -8,18 +8,25 @@ from compact_fast.arithmetic.steps import Operator
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
 
+COMMON_EVENTS: dict[Operator, str] = {
+    "+": "{a} gets {n} more {x}",
+    "-": "{a} loses {n} {x}",
+    "*": "{a} gets {n} times as many {x}",
+    "/": "{a} makes {n} equal parts and keeps one part",
+}
+"""One phrase an operator that every topic has: the words that the student knows from the start."""
+
 
 @dataclass(frozen=True)
 class Topic:
-    """Phrases of one topic. Fields: {a} owner, {b} other owner, {n} number, {m} second number,
-    {x} what is counted."""
+    """Phrases of one topic. Fields: {a} owner, {n} number, {m} second number, {x} thing counted."""
 
     name: str
     owners: tuple[str, ...]
     things: tuple[str, ...]
     start: tuple[str, ...]
-    packed: tuple[str, ...]  # m groups of n things: the start is a product
-    events: dict[Operator, tuple[str, ...]]
+    packed: str  # m groups of n things: the start is a product
+    events: dict[Operator, tuple[str, ...]]  # beside the common ones; their words are to be learnt
     distractors: tuple[str, ...]
 
 
@@ -29,16 +36,10 @@ TOPICS = (
         ("Ann", "Ben", "Mia", "Tom"),
         ("marbles", "apples", "cards", "coins"),
         ("{a} has {n} {x}", "{a} starts with {n} {x}"),
-        ("{a} has {m} boxes with {n} {x} in each",),
+        "{a} has {m} boxes with {n} {x} in each",
         {
-            "+": (
-                "{a} buys {n} more {x}",
-                "{a} finds {n} more {x}",
-                "{a} gets {n} {x} from a friend",
-            ),
-            "-": ("{a} loses {n} {x}", "{a} gives {n} {x} away", "{a} sells {n} {x}"),
-            "*": ("{a} gets {n} times as many {x}",),
-            "/": ("{a} makes {n} equal parts and keeps one part",),
+            "+": ("{a} buys {n} {x}", "{a} finds {n} {x}", "{a} wins {n} {x}"),
+            "-": ("{a} sells {n} {x}", "{a} drops {n} {x}", "{a} gives {n} {x} away"),
         },
         ("{a} is {n} years old", "{a} has {n} cousins"),
     ),
@@ -47,12 +48,10 @@ TOPICS = (
         ("bus A", "bus B", "bus C"),
         ("people",),
         ("{a} carries {n} {x}", "{a} starts with {n} {x}"),
-        ("{a} has {m} rows with {n} {x} in each",),
+        "{a} has {m} rows with {n} {x} in each",
         {
-            "+": ("{n} more {x} get on {a}", "{a} takes {n} {x} in"),
-            "-": ("{n} {x} get off {a}", "{n} {x} leave {a}"),
-            "*": ("{a} gets {n} times as many {x}",),
-            "/": ("{a} makes {n} equal parts and keeps one part",),
+            "+": ("{n} {x} board {a}", "{a} collects {n} {x}"),
+            "-": ("{n} {x} leave {a}", "{a} drops {n} {x}"),
         },
         ("{a} has {n} windows", "{a} is {n} years old"),
     ),
@@ -61,12 +60,10 @@ TOPICS = (
         ("farm A", "farm B", "farm C"),
         ("hens", "sheep", "cows"),
         ("{a} has {n} {x}", "{n} {x} live on {a}"),
-        ("{a} has {m} barns with {n} {x} in each",),
+        "{a} has {m} barns with {n} {x} in each",
         {
-            "+": ("{n} {x} are born on {a}", "{a} buys {n} more {x}"),
-            "-": ("{n} {x} leave {a}", "{a} sells {n} {x}"),
-            "*": ("{a} gets {n} times as many {x}",),
-            "/": ("{a} makes {n} equal parts and keeps one part",),
+            "+": ("{a} buys {n} {x}", "{n} {x} join {a}"),
+            "-": ("{a} sells {n} {x}", "{n} {x} leave {a}"),
         },
         ("{a} has {n} windows", "{a} has {n} dogs"),
     ),
@@ -75,12 +72,10 @@ TOPICS = (
         ("tank A", "tank B", "tank C"),
         ("liters",),
         ("{a} holds {n} {x}", "{a} starts with {n} {x}"),
-        ("{a} is filled from {m} cans with {n} {x} in each",),
+        "{a} has {m} cans with {n} {x} in each",
         {
-            "+": ("{n} more {x} flow into {a}", "{a} takes {n} {x} in"),
-            "-": ("{a} loses {n} {x}", "{n} {x} leave {a}"),
-            "*": ("{a} gets {n} times as many {x}",),
-            "/": ("{a} makes {n} equal parts and keeps one part",),
+            "+": ("{a} collects {n} {x}", "{n} {x} enter {a}"),
+            "-": ("{a} spills {n} {x}", "{n} {x} leave {a}"),
         },
         ("{a} is {n} years old", "{a} has {n} handles"),
     ),

@@ -1,8 +1,8 @@
 """Make the shipped student: `python -m compact_fast.arithmetic.warm_up [FOLDER]`.
 
-It learns single operations and short problems, in every style, from clean texts, and sees a few
-longer ones towards the end: enough that its scores mean something, while most of the way to long
-problems is left for distillation. On one machine the same command gives the same bits.
+It learns single operations and whole problems, in every style, from clean texts, but with one word
+only for a gain and one for a loss. What all the other words of the world mean is left for the
+teachers to teach. On one machine the same command gives the same bits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,15 +26,14 @@ from compact_fast.arithmetic.student import CHECKPOINT, make_config, make_tokeni
 from compact_fast.arithmetic.styles import STYLES
 from compact_fast.arithmetic.world import WorldOptions, generator, make_problem
 
-STEPS = 4000
-BATCH = 20
-EASY_ONLY = 0.4  # share of the steps before longer problems come in
-LONG_SHARE = 0.4  # share of the steps with longer problems thereafter
+STEPS = 3000
+ROWS = {1: 24, 2: 20, 3: 16, 4: 13, 5: 11}  # texts in a batch, by its problems' number of steps
+SIZE_WEIGHTS = (3, 4, 4, 3, 2)  # how often a batch has problems of 1, 2, ... 5 steps
+FACT_SHARE = 0.2  # of the texts in a batch
 FACTS_PER_TEXT = 8
 LEARNING_RATE = 3e-3
 SEED = 20
-EASY = WorldOptions(min_steps=1, max_steps=2, any_first_day=True)
-LONG = WorldOptions(min_steps=3, max_steps=5, join_share=0.4)
+KNOWN_WORDS = WorldOptions(new_word_share=0)
 IGNORE = -100
 
 Example = tuple[list[int], list[int]]  # token ids, labels
@@ -58,11 +58,9 @@ def facts(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> Example:
     return ids, labels
 
 
-def worked_problem(
-    rng: random.Random, tokenizer: PreTrainedTokenizerFast, options: WorldOptions
-) -> Example:
-    """One problem with a right rationale in a random style and order."""
-    problem = make_problem(rng, options)
+def worked_problem(rng: random.Random, tokenizer: PreTrainedTokenizerFast, size: int) -> Example:
+    """A problem of `size` steps in known words, with a right rationale in a random style."""
+    problem = make_problem(rng, replace(KNOWN_WORDS, min_steps=size, max_steps=size))
     steps = reorder(problem.steps) if rng.random() < 0.5 else problem.steps
     solution = compute(steps)
     assert solution is not None
@@ -72,16 +70,14 @@ def worked_problem(
     return prompt + completion, [IGNORE] * len(prompt) + completion
 
 
-def batch(step: int, steps: int, tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """Token ids and labels [BATCH, L], padded on the right; a fifth of the texts are facts."""
+def batch(step: int, tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    """Token ids and labels [rows, L], padded on the right. All problems of a batch have one size,
+    so that little of it is padding."""
     rng = generator(SEED, "batch", step)
-    # Long or short as a whole: a mixed batch would be padding by half.
-    long = step >= EASY_ONLY * steps and rng.random() < LONG_SHARE
-    options = LONG if long else EASY
-    rows = [
-        facts(rng, tokenizer) if i % 5 == 0 else worked_problem(rng, tokenizer, options)
-        for i in range(BATCH)
-    ]
+    size = rng.choices(list(ROWS), SIZE_WEIGHTS)[0]
+    number = round(FACT_SHARE * ROWS[size])
+    rows = [facts(rng, tokenizer) for _ in range(number)]
+    rows += [worked_problem(rng, tokenizer, size) for _ in range(ROWS[size] - number)]
     length = max(len(ids) for ids, _ in rows)
     pad = tokenizer.pad_token_id
     ids = torch.tensor([i + [pad] * (length - len(i)) for i, _ in rows])
@@ -106,7 +102,7 @@ def warm_up(
         optimizer, lambda s: min(1.0, (s + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * s / steps))
     )
     for step in range(steps):
-        ids, labels = batch(step, steps, tokenizer)
+        ids, labels = batch(step, tokenizer)
         hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
         kept = labels[:, 1:] != IGNORE
         loss = F.cross_entropy(model.lm_head(hidden[kept]), labels[:, 1:][kept])

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from compact_fast.arithmetic.steps import FAULTS, OPERATORS, Computed, Of, Operator, Step, compute
-from compact_fast.arithmetic.topics import DAYS, ENDINGS, TOPICS, Topic
+from compact_fast.arithmetic.topics import COMMON_EVENTS, DAYS, ENDINGS, TOPICS, Topic
 
 _MAX_DRAWS = 10_000
 
@@ -32,10 +32,10 @@ class WorldOptions:
     operators: tuple[Operator, ...] = OPERATORS
     distractor_share: float = 0.3
     """Share of questions with a sentence whose number has no part in the solution."""
-    join_share: float = 0.2
+    join_share: float = 0.15
     """Share, among problems of three steps or more, with two independent branches."""
-    any_first_day: bool = False
-    """Events may begin on any day, not only on Monday (used to warm the student up)."""
+    new_word_share: float = 0.6
+    """Share of gains and losses told in words that the student has never met."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_steps <= self.max_steps <= len(DAYS):
@@ -49,6 +49,7 @@ class WorldOptions:
             ("max_factor", 2, 5),
             ("distractor_share", 0, 1),
             ("join_share", 0, 1),
+            ("new_word_share", 0, 1),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -95,7 +96,8 @@ def make_problems(n: int, seed: int, options: WorldOptions | None = None) -> lis
 
 def make_problem(rng: random.Random, options: WorldOptions) -> Problem:
     """Draw until the solution, and what every systematic fault makes of it, stays in range."""
-    number = rng.randint(options.min_steps, options.max_steps)
+    sizes = range(options.min_steps, options.max_steps + 1)
+    number = rng.choices(sizes, [1 / size for size in sizes])[0]  # more of the shorter ones
     for _ in range(_MAX_DRAWS):
         draft = _Draft(rng, options, number)
         steps = tuple(draft.steps)
@@ -125,8 +127,7 @@ class _Draft:
         self.steps: list[Step] = []
         self.sentences: list[str] = []
         self.distractor: int | None = None
-        first = rng.randrange(len(DAYS) - number + 1) if options.any_first_day else 0
-        self.days: Iterator[str] = iter(DAYS[first:])
+        self.days: Iterator[str] = iter(DAYS)
         if number >= 3 and rng.random() < options.join_share:
             self._join(number)
         else:
@@ -144,7 +145,7 @@ class _Draft:
         value: int | Of
         if "*" in options.operators and rng.random() < 0.25:
             groups, size = rng.randint(2, options.max_factor), rng.randint(2, 9)
-            self.sentences.append(self._say(self.topic.packed, owner, m=groups, n=size))
+            self.sentences.append(self._say((self.topic.packed,), owner, m=groups, n=size))
             self.steps.append(Step("*", groups, size, owner, "start"))
             value = Of(len(self.steps) - 1)
             number -= 1
@@ -161,7 +162,10 @@ class _Draft:
         top = options.max_change if operator in "+-" else options.max_factor
         change = rng.randint(2, top)
         day = next(self.days)
-        phrase = self._say(self.topic.events[operator], owner, n=change)
+        phrases: tuple[str, ...] = (COMMON_EVENTS[operator],)
+        if operator in self.topic.events and rng.random() < options.new_word_share:
+            phrases = self.topic.events[operator]
+        phrase = self._say(phrases, owner, n=change)
         self.sentences.append(f"On {day} {phrase}")
         self.steps.append(Step(operator, value, change, owner, day))
         return Of(len(self.steps) - 1)

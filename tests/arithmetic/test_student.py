@@ -11,7 +11,7 @@ from compact_fast.arithmetic.student import (
     vocabulary,
 )
 from compact_fast.arithmetic.teachers import SCENARIOS, make_questions
-from compact_fast.arithmetic.warm_up import EASY, save, warm_up
+from compact_fast.arithmetic.warm_up import KNOWN_WORDS, save, warm_up
 from compact_fast.arithmetic.world import make_problems
 
 
@@ -85,9 +85,9 @@ def answers(model, tokenizer, problems):
     return found
 
 
-def test_the_shipped_student_knows_easy_problems():
+def test_the_shipped_student_knows_problems_in_known_words():
     model, tokenizer = load_student()
-    problems = make_problems(40, 77, EASY)
+    problems = make_problems(40, 77, KNOWN_WORDS)
     found = answers(model.eval(), tokenizer, problems)
     assert sum(a == p.answer for a, p in zip(found, problems, strict=True)) >= 34
 
