@@ -9,7 +9,8 @@ from datetime import datetime
 from compact_fast.evaluate.results import Measure, format_value, measures
 from compact_fast.report.read import Run, number
 
-STRETCHES = 20  # pieces of a run in which the leading teacher is looked up
+STRETCHES = 10  # pieces of a run in which the leading teacher is looked up
+LEAST_ROWS = 3  # log rows a piece, so that one noisy row makes no leader
 
 
 def summary(run: Run) -> list[str]:
@@ -37,7 +38,7 @@ def edges(values: Sequence[float]) -> tuple[float, float]:
 def leaders(run: Run) -> list[tuple[str, float, float]]:
     """Who had the largest mean weight from which step to which, neighbours merged."""
     rows = [r for r in run.train if any(f"teacher/{t}/weight" in r for t in run.teachers)]
-    size = max(1, math.ceil(len(rows) / STRETCHES))
+    size = max(LEAST_ROWS, math.ceil(len(rows) / STRETCHES))
     out: list[tuple[str, float, float]] = []
     for start in range(0, len(rows), size):
         piece = rows[start : start + size]
@@ -66,9 +67,8 @@ def _state(run: Run) -> str:
     if status == "finished":
         words = f"The run finished: {steps:,}{of} optimizer steps{took}."
     elif status == "running":
-        words = (
-            "The run has not ended, or died without a word: run.json still says “running”. "
-            + (f"Its last logged step is {steps:,}{of}{took}." if steps else "It logged no step.")
+        words = "The run has not ended, or died without a word: run.json still says “running”. " + (
+            f"Its last logged step is {steps:,}{of}{took}." if steps else "It logged no step."
         )
     else:
         words = (
