@@ -1,5 +1,6 @@
 """Rationale texts to step graphs, agreement between teachers, and consensus scores."""
 
+from compact_fast.graphs.explain import explain
 from compact_fast.graphs.matching import MatchResult, assign, match, match_matrices
 from compact_fast.graphs.native import NativeMissingWarning, backend_name
 from compact_fast.graphs.options import GraphOptions
@@ -18,6 +19,7 @@ __all__ = [
     "assign",
     "backend_name",
     "consensus",
+    "explain",
     "match",
     "match_matrices",
     "parse_rationales",

@@ -1,0 +1,386 @@
+"""Consensus of files larger than memory: JSONL or parquet in, parquet out, resumable.
+
+While it runs, `OUTPUT.parts/` holds finished chunks, each written whole or not at all; a run that
+was killed goes on behind the last of them. At the end they become one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from compact_fast.atomic import atomic_file, atomic_write_text
+from compact_fast.graphs.native import Backend
+from compact_fast.graphs.options import Centrality, GraphOptions, Mode
+from compact_fast.graphs.parsing import answer_keys
+from compact_fast.graphs.scoring import consensus
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("teachers", pa.list_(pa.string())),
+        ("scores", pa.list_(pa.float64())),  # consensus of each rationale, 0 to 1
+        ("agreement", pa.list_(pa.float64())),  # K * K, row by row
+        ("groups", pa.list_(pa.int32())),  # equal numbers: near-identical texts, one vote
+        ("right", pa.list_(pa.int8())),  # final answer equals the gold one: 1, 0, -1 unknown
+        ("no_evidence", pa.bool_()),
+        ("undecidable", pa.bool_()),
+    ]
+)
+
+
+class QuestionTexts(NamedTuple):
+    """What consensus needs of one question."""
+
+    id: str
+    teachers: list[str]
+    texts: list[str]
+    answers: list[str | None] | None  # None: found in the texts
+    gold: str | None
+
+
+Convert = Callable[[Mapping[str, Any], str], QuestionTexts]
+
+
+@dataclass
+class TeacherFigures:
+    """One teacher over the whole file."""
+
+    teacher: str
+    rationales: int = 0
+    mean_score: float = 0.0
+    mean_agreement: float = 0.0  # with the other teachers of its questions
+    share_copied: float = 0.0  # texts that share a vote with another teacher's
+    share_filtered: float = 0.0  # scores below `filter_below` of the question's largest
+    share_right: float | None = None  # of final answers that could be compared to a gold answer
+
+
+@dataclass
+class StreamReport:
+    """What `score_file` did."""
+
+    questions: int
+    resumed_at: int  # questions that an earlier run had already done
+    no_evidence: int
+    undecidable: int
+    teachers: list[TeacherFigures]
+
+
+def score_file(
+    source: str | Path,
+    output: str | Path,
+    *,
+    convert: Convert | None = None,
+    options: GraphOptions | None = None,
+    mode: Mode = "relaxed",
+    centrality: Centrality = "coverage",
+    backend: Backend = "auto",
+    threads: int | None = None,
+    chunk_questions: int = 4096,
+    filter_below: float = 0.8,
+    on_progress: Callable[[int], None] | None = None,
+) -> StreamReport:
+    """Score every question of `source` (.jsonl or .parquet) into the parquet file `output`.
+
+    `convert(row, place)` makes a row into QuestionTexts; the default reads
+    {"rationales": [{"teacher", "text", "answer"?}], "answer"?, "id"?} and the authors'
+    {"Question", "CoT", "Answer"}. `on_progress` gets the number of questions done so far. Memory
+    holds two chunks of questions, whatever the file's size. Rows come out in the order of the file.
+
+    Raises ValueError naming file, line and field for rows that cannot be read, and where
+    `OUTPUT.parts` belongs to another input or other options.
+    """
+    source, output = Path(source), Path(output)
+    options = options or GraphOptions()
+    parts = output.with_name(output.name + ".parts")
+    state = _state(source, options, mode, centrality, chunk_questions)
+    done = _begin(parts, state)
+    rows = islice(read_rows(source), done * chunk_questions, None)
+    to_texts = convert or question_texts
+
+    def score(chunk: list[QuestionTexts], number: int) -> int:
+        table = score_questions(
+            chunk,
+            options=options,
+            mode=mode,
+            centrality=centrality,
+            backend=backend,
+            threads=threads,
+        )
+        with atomic_file(parts / f"part-{number:08}.parquet") as temporary:
+            pq.write_table(table, temporary)
+        return len(chunk)
+
+    finished = done * chunk_questions
+    pending: Future[int] | None = None
+    with ThreadPoolExecutor(1) as worker:  # scores one chunk while the next is read
+        for number in range(done, 1 << 62):
+            chunk = [to_texts(row, place) for place, row in islice(rows, chunk_questions)]
+            if pending is not None:
+                finished += pending.result()
+                if on_progress is not None:
+                    on_progress(finished)
+                pending = None
+            if not chunk:
+                break
+            pending = worker.submit(score, chunk, number)
+    report = _merge(parts, output, filter_below)
+    report.resumed_at = min(done * chunk_questions, report.questions)
+    shutil.rmtree(parts)
+    return report
+
+
+def score_questions(
+    chunk: Sequence[QuestionTexts],
+    *,
+    options: GraphOptions | None = None,
+    mode: Mode = "relaxed",
+    centrality: Centrality = "coverage",
+    backend: Backend = "auto",
+    threads: int | None = None,
+) -> pa.Table:
+    """Some questions' consensus as a table of SCHEMA."""
+    sizes = [len(q.texts) for q in chunk]
+    cu = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    texts = [text for q in chunk for text in q.texts]
+    given = [q.answers for q in chunk if q.answers is not None]
+    if given and len(given) != len(chunk):
+        q = next(q for q in chunk if q.answers is None)
+        raise ValueError(f"question {q.id}: has no final answers, while others in the file have")
+    answers = [a for answers in given for a in answers] if given else None
+    try:
+        found = consensus(
+            texts, cu, final_answers=answers, options=options, mode=mode, centrality=centrality,
+            backend=backend, threads=threads,
+        )  # fmt: skip
+    except ValueError as error:  # "question 7, teacher 1: text 30: ..." counts inside this chunk
+        known, comma, rest = str(error).partition(", teacher ")
+        if not comma or not known.startswith("question "):
+            raise
+        question = chunk[int(known.removeprefix("question "))]
+        teacher, _, reason = rest.partition(": ")
+        name = question.teachers[int(teacher)]
+        raise ValueError(f"question {question.id}, teacher {name}: {reason}") from None
+    right = np.full(len(texts), -1, dtype=np.int8)
+    if answers is not None:
+        mine, known = answer_keys(answers, backend)
+        gold, stated = answer_keys([q.gold for q in chunk], backend)
+        gold, stated = np.repeat(gold, sizes), np.repeat(stated, sizes)
+        right[stated] = (known & (mine == gold))[stated]
+
+    def lists(values: Any, bounds: Any) -> pa.Array:
+        return pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), pa.array(values))
+
+    squares = np.concatenate([[0], np.cumsum(np.array(sizes) ** 2)]).astype(np.int64)
+    flat = [m.ravel() for m in found.agreement]
+    return pa.Table.from_arrays(
+        [
+            pa.array([q.id for q in chunk], pa.string()),
+            pa.array([q.teachers for q in chunk], pa.list_(pa.string())),
+            lists(found.scores, cu),
+            lists(np.concatenate([np.zeros(0), *flat]), squares),
+            lists(found.groups, cu),
+            lists(right, cu),
+            pa.array(found.no_evidence),
+            pa.array(found.undecidable),
+        ],
+        schema=SCHEMA,
+    )
+
+
+def score_batch(batch: Mapping[str, Any], **choices: Any) -> dict[str, list[Any]]:
+    """The same for `datasets.map(score_batch, batched=True, num_proc=...)` and for Ray Data's
+    `map_batches`: columns "rationales" and, where there are any, "id" and "answer" in; columns
+    "consensus" and "agreement" (a list a question) out, beside the ones that came in.
+    """
+    count = len(batch["rationales"])
+    rows = [{name: column[i] for name, column in batch.items()} for i in range(count)]
+    chunk = [question_texts(row, f"row {i}") for i, row in enumerate(rows)]
+    table = score_questions(chunk, **{"threads": 1, **choices})
+    out = {name: list(column) for name, column in batch.items()}
+    out["consensus"] = table["scores"].to_pylist()
+    out["agreement"] = table["agreement"].to_pylist()
+    return out
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, row) one at a time."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        number = 0
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:row {number}", row
+    elif suffix in (".jsonl", ".ndjson"):
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                place = f"{path}:{number}"
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{place}: is not valid JSON: {error}") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{place}: expected a record of named fields")
+                yield place, row
+    else:
+        raise ValueError(f"{path}: expected a .jsonl or .parquet file, which can be streamed")
+
+
+def question_texts(row: Mapping[str, Any], place: str) -> QuestionTexts:
+    """The default `convert`. Raises ValueError naming place and field."""
+    if "CoT" in row:
+        texts = row["CoT"]
+        teachers, answers = [f"teacher-{k}" for k in range(len(texts))], None
+        gold = row.get("Answer")
+    else:
+        rationales = row.get("rationales")
+        if rationales is None or isinstance(rationales, (str, Mapping)):
+            raise ValueError(
+                f"{place}: rationales: expected a list, got {type(rationales).__name__}"
+            )
+        for k, rationale in enumerate(rationales):
+            if not isinstance(rationale, Mapping) or "text" not in rationale:
+                raise ValueError(f"{place}: rationales[{k}].text: is missing")
+        texts = [r["text"] for r in rationales]
+        teachers = [str(r.get("teacher", f"teacher-{k}")) for k, r in enumerate(rationales)]
+        known = any("answer" in r for r in rationales)
+        answers = [r.get("answer") for r in rationales] if known else None
+        gold = row.get("answer")
+    for k, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{place}: rationale {k}: expected text, got {type(text).__name__}")
+    if answers is not None:
+        answers = [None if a is None else str(a) for a in answers]
+    name = row.get("id")
+    return QuestionTexts(
+        place if name is None else str(name),
+        teachers,
+        list(texts),
+        answers,
+        None if gold is None else str(gold),
+    )
+
+
+# ---- state and end -----------------------------------------------------------------------------
+
+
+def _state(source: Path, options: GraphOptions, *choices: Any) -> dict[str, Any]:
+    if not source.is_file():
+        raise ValueError(f"{source}: no such file")
+    stat = source.stat()
+    start = hashlib.sha256()
+    with source.open("rb") as file:
+        start.update(file.read(1 << 20))
+    return {
+        "bytes": stat.st_size,
+        "modified": stat.st_mtime_ns,
+        "start": start.hexdigest(),
+        "options": json.loads(json.dumps(asdict(options))),
+        "choices": list(choices),
+    }
+
+
+def _begin(parts: Path, state: dict[str, Any]) -> int:
+    """Number of chunks that are already done."""
+    file = parts / "state.json"
+    if file.exists():
+        known = json.loads(file.read_text())
+        if known != state:
+            changed = ", ".join(k for k in state if known.get(k) != state[k])
+            raise ValueError(
+                f"{parts}: was begun with another input or other options ({changed}); remove the "
+                "folder to start anew"
+            )
+    else:
+        parts.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(file, json.dumps(state))
+    done = 0
+    while (parts / f"part-{done:08}.parquet").exists():
+        done += 1
+    return done
+
+
+def _merge(parts: Path, output: Path, filter_below: float) -> StreamReport:
+    sums: dict[str, np.ndarray[Any, Any]] = {}
+    questions = no_evidence = undecidable = 0
+    with atomic_file(output) as temporary, pq.ParquetWriter(temporary, SCHEMA) as writer:
+        for path in sorted(parts.glob("part-*.parquet")):
+            table = pq.read_table(path, schema=SCHEMA)
+            writer.write_table(table)
+            questions += table.num_rows
+            no_evidence += int(np.sum(table["no_evidence"].to_numpy()))
+            undecidable += int(np.sum(table["undecidable"].to_numpy()))
+            _add(sums, table, filter_below)
+    return StreamReport(questions, 0, no_evidence, undecidable, _figures(sums))
+
+
+def _add(sums: dict[str, Any], table: pa.Table, filter_below: float) -> None:
+    columns = ("teachers", "scores", "agreement", "groups", "right")
+    for teachers, scores, flat, groups, right in zip(
+        *(table[name].to_pylist() for name in columns), strict=True
+    ):
+        k = len(teachers)
+        if k == 0:
+            continue
+        floor = filter_below * max(scores)
+        for i, teacher in enumerate(teachers):
+            line = sums.setdefault(teacher, np.zeros(8))
+            line += (
+                1, scores[i], sum(flat[i * k : i * k + k]) - 1 if k > 1 else 0, k - 1,
+                groups.count(groups[i]) > 1, scores[i] < floor, right[i] == 1, right[i] >= 0,
+            )  # fmt: skip
+
+
+def _figures(sums: Mapping[str, Any]) -> list[TeacherFigures]:
+    figures = []
+    for teacher, line in sums.items():
+        count, score, agreement, others, copied, filtered, right, known = line.tolist()
+        figures.append(
+            TeacherFigures(
+                teacher,
+                int(count),
+                mean_score=score / count,
+                mean_agreement=agreement / max(others, 1),
+                share_copied=copied / count,
+                share_filtered=filtered / count,
+                share_right=right / known if known else None,
+            )
+        )
+    return figures
+
+
+def resumable(output: str | os.PathLike[str]) -> bool:
+    """Would `score_file` go on with an earlier run?"""
+    output = Path(output)
+    return (output.with_name(output.name + ".parts") / "state.json").exists()
+
+
+def teachers_table(report: StreamReport) -> Iterable[tuple[str, ...]]:
+    """Rows of text for a terminal, the heading first."""
+    yield ("teacher", "rationales", "score", "agreement", "copied", "filtered", "right")
+    for t in report.teachers:
+        right = "-" if t.share_right is None else f"{t.share_right:.1%}"
+        yield (
+            t.teacher, f"{t.rationales}", f"{t.mean_score:.3f}", f"{t.mean_agreement:.3f}",
+            f"{t.share_copied:.1%}", f"{t.share_filtered:.1%}", right,
+        )  # fmt: skip

@@ -1,0 +1,201 @@
+"""Files of any size: the same scores as in memory, whole or not at all, resumed after a stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import needs_native
+
+from compact_fast.graphs import GraphOptions, consensus, explain
+from compact_fast.graphs.stream import (
+    resumable,
+    score_batch,
+    score_file,
+    teachers_table,
+)
+
+
+def questions(count: int) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    rows = []
+    for q in range(count):
+        a, b = rng.integers(2, 50, 2).tolist()
+        rationales = []
+        for k in range(q % 5 + 1):
+            total = a + b if rng.random() < 0.6 else a + b + int(rng.integers(1, 9))
+            rationales.append(
+                {
+                    "teacher": f"t{k}",
+                    "text": f"{a} and {b} pens.\n{a} + {b} = {total}\n{total} * 2 = {2 * total}",
+                    "answer": str(2 * total),
+                }
+            )
+        rows.append({"id": f"q{q}", "answer": str(2 * (a + b)), "rationales": rationales})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    return questions(230)
+
+
+@pytest.fixture
+def source(rows: list[dict[str, Any]], tmp_path: Path) -> Path:
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def expected(rows: list[dict[str, Any]]) -> list[list[float]]:
+    flat = [r for row in rows for r in row["rationales"]]
+    cu = np.cumsum([0] + [len(row["rationales"]) for row in rows])
+    found = consensus([r["text"] for r in flat], cu, final_answers=[r["answer"] for r in flat])
+    return [part.tolist() for part in np.split(found.scores, cu[1:-1])]
+
+
+def check(path: Path, rows: list[dict[str, Any]]) -> None:
+    table = pq.read_table(path)
+    assert table["id"].to_pylist() == [row["id"] for row in rows]
+    assert table["scores"].to_pylist() == expected(rows)
+    for row, flat in zip(rows, table["agreement"].to_pylist(), strict=True):
+        assert len(flat) == len(row["rationales"]) ** 2
+    assert table["no_evidence"].to_pylist() == [len(row["rationales"]) < 2 for row in rows]
+
+
+def test_file_equals_memory(source: Path, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    seen: list[int] = []
+    report = score_file(
+        source, tmp_path / "out.parquet", chunk_questions=50, on_progress=seen.append
+    )
+    check(tmp_path / "out.parquet", rows)
+    assert seen == [50, 100, 150, 200, 230]
+    assert (report.questions, report.resumed_at) == (230, 0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.parquet"]
+    first = next(t for t in report.teachers if t.teacher == "t0")
+    right = [row["rationales"][0]["answer"] == row["answer"] for row in rows]
+    assert first.rationales == 230
+    assert first.share_right == pytest.approx(np.mean(right))
+    assert len(list(teachers_table(report))) == 6
+
+
+def test_parquet_in_and_other_shapes(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    score_file(tmp_path / "in.parquet", tmp_path / "a.parquet")
+    check(tmp_path / "a.parquet", rows)
+    authors = [
+        {"Question": "?", "CoT": [r["text"] for r in row["rationales"]], "Answer": row["answer"]}
+        for row in rows
+    ]
+    (tmp_path / "authors.jsonl").write_text("\n".join(map(json.dumps, authors)))
+    score_file(tmp_path / "authors.jsonl", tmp_path / "b.parquet")
+    assert pq.read_table(tmp_path / "b.parquet")["scores"].to_pylist() == expected(rows)
+
+
+def test_resumes_where_it_stopped(source: Path, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+
+    def stop(done: int) -> None:
+        if done >= 80:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_file(source, out, chunk_questions=40, on_progress=stop)
+    assert resumable(out)
+    assert not out.exists()
+    with pytest.raises(ValueError, match=r"begun with another input or other options \(options\)"):
+        score_file(source, out, chunk_questions=40, options=GraphOptions(text=0.0))
+    report = score_file(source, out, chunk_questions=40)
+    assert report.resumed_at >= 80
+    check(out, rows)
+    assert not resumable(out)
+
+
+@needs_native
+def test_survives_kills(tmp_path: Path) -> None:
+    rows = questions(3000)
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.parquet"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script = (
+        "import sys, time\nfrom compact_fast.graphs.stream import score_file\n"
+        f"score_file({str(source)!r}, {str(out)!r}, chunk_questions=100,"
+        " on_progress=lambda done: time.sleep(0.05))\n"
+    )
+    parts = out.with_name("out.parquet.parts")
+    kills = 0
+    for _ in range(3):
+        before = len(list(parts.glob("part-*")))
+        child = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2])
+        deadline = time.monotonic() + 60
+        while len(list(parts.glob("part-*"))) < before + 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        kills += child.poll() is None
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+    assert kills >= 2
+    report = score_file(source, out, chunk_questions=100)
+    assert report.resumed_at > 0
+    check(out, rows)
+
+
+def test_batch_function_for_dataset_engines(rows: list[dict[str, Any]]) -> None:
+    batch = {name: [row[name] for row in rows] for name in rows[0]}
+    out = score_batch(batch)
+    assert out["consensus"] == expected(rows)
+    assert out["id"] == batch["id"]
+    assert len(out["agreement"]) == len(rows)
+
+
+BAD = [
+    ("{", "in.jsonl:2: is not valid JSON"),
+    ("[1]", "in.jsonl:2: expected a record"),
+    ('{"id": 1}', "in.jsonl:2: rationales: expected a list, got NoneType"),
+    ('{"rationales": "text"}', "in.jsonl:2: rationales: expected a list, got str"),
+    ('{"rationales": [{"teacher": "a"}]}', r"in.jsonl:2: rationales\[0\].text: is missing"),
+    ('{"rationales": [{"text": 5}]}', "in.jsonl:2: rationale 0: expected text, got int"),
+    (
+        json.dumps(
+            {"id": "x", "rationales": [{"text": "b\n" * 600, "teacher": "t9", "answer": "1"}]}
+        ),
+        "question x, teacher t9: text .*: too many steps",
+    ),
+    ('{"rationales": [{"text": "a"}]}', "has no final answers, while others"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD)
+def test_bad_rows(line: str, message: str, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps(rows[3]) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        score_file(source, tmp_path / "out.parquet")
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        score_file(tmp_path / "none.jsonl", tmp_path / "out.parquet")
+    (tmp_path / "in.csv").write_text("a,b")
+    with pytest.raises(ValueError, match=r"expected a \.jsonl or \.parquet file"):
+        score_file(tmp_path / "in.csv", tmp_path / "out.parquet")
+
+
+def test_explanation_names_steps_matches_and_scores() -> None:
+    texts = ["2 + 3 = 5\n5 * 4 = 20\n#### 20", "So 3 + 2 = 5, then 4 * 5 = 20.", "2 * 3 = 6"]
+    shown = explain(texts, ["anna", "ben", "cleo"])
+    assert "anna: score 0." in shown
+    assert "  2. 4 * 5 = 20   from step 1" in shown
+    assert "anna and ben: steps 1.000, matched 1=1 2=2" in shown
+    assert "final answer 6" in shown
+    with pytest.raises(ValueError, match="3 texts, but 2 teachers"):
+        explain(texts, ["a", "b"])
