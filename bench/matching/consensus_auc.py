@@ -3,8 +3,8 @@
     python bench/matching/consensus_auc.py [--data FOLDER] [--out bench/results/consensus_auc.csv]
 
 Questions with right and wrong rationales only; the AUC is the mean over questions of P(right above
-wrong), ties ½. Weights were chosen on half "choose" (by hash of the id); the figures of half "report"
-were visible while features were tried, so read them as checked, not as blind.
+wrong), ties ½. Weights were chosen on half "choose" (by hash of the id); the figures of half
+"report" were visible while features were tried, so read them as checked, not as blind.
 Needs gsm8k_test_openai.jsonl and svamp_train_fair.jsonl (COMPACT_FAST_DATA or --data).
 """
 

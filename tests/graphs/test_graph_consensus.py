@@ -129,7 +129,7 @@ def test_order_threads_and_batches_do_not_matter(real) -> None:
     np.testing.assert_array_equal(other.scores, plain.scores[order])
     single = [
         consensus(texts[a:b], [0, b - a], final_answers=answers[a:b]).scores
-        for a, b in itertools.pairwise(cu)
+        for a, b in itertools.pairwise(cu[:21])
     ]
     np.testing.assert_array_equal(np.concatenate(single), plain.scores[: cu[20]])
 

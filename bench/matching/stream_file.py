@@ -1,0 +1,106 @@
+"""End to end: a generated JSONL file of many questions through consensus into parquet.
+
+    python bench/matching/stream_file.py [--questions 1000000] [--teachers 5] [--folder /tmp]
+
+Appends one line to bench/results/consensus_stream.csv: seconds, questions/s, peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import random
+import resource
+import time
+from pathlib import Path
+
+from compact_fast.graphs.stream import score_file
+
+ROOT = Path(__file__).parents[2]
+THINGS = [
+    "pens",
+    "apples",
+    "books",
+    "coins",
+    "cards",
+    "shells",
+    "stamps",
+    "marbles",
+    "boxes",
+    "tickets",
+]
+NAMES = ["Anna", "Ben", "Carla", "David", "Emma", "Felix", "Greta", "Hugo", "Ida", "Jonas"]
+
+
+def write(path: Path, questions: int, teachers: int) -> int:
+    """A file of word problems, each solved by `teachers` in their own words; bytes written."""
+    rng = random.Random(0)
+    with path.open("w") as file:
+        for q in range(questions):
+            name, thing = rng.choice(NAMES), rng.choice(THINGS)
+            a, b, c, d = (rng.randint(2, 60) for _ in range(4))
+            rationales = []
+            for k in range(teachers):
+                slip = rng.choice((0, 0, 0, 1, -1, 10))
+                first = a * b + slip
+                second, last = first + c, first + c - d
+                text = (
+                    f"{name} buys {a} boxes with {b} {thing} each, so {a} * {b} = {first} {thing}.\n"
+                    f"Then a friend adds {c} more: {first} + {c} = {second} {thing}.\n"
+                    f"After giving {d} away there are {second} - {d} = {last} {thing} left.\n"
+                    f"The answer is {last}."
+                    if k % 2
+                    else f"First {a} * {b} = {first}, because every box holds {b} {thing}.\n"
+                    f"Now {first} + {c} = {second} and {second} - {d} = {last}.\n"
+                    f"So {name} has {last} {thing}.\n#### {last}"
+                )
+                rationales.append({"teacher": f"teacher-{k}", "text": text, "answer": str(last)})
+            row = {
+                "id": f"q{q}",
+                "question": "",
+                "answer": str(a * b + c - d),
+                "rationales": rationales,
+            }
+            file.write(json.dumps(row) + "\n")
+    return path.stat().st_size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--questions", type=int, default=1_000_000)
+    parser.add_argument("--teachers", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp"))
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/consensus_stream.csv")
+    arguments = parser.parse_args()
+    source = arguments.folder / "consensus_stream.jsonl"
+    size = write(source, arguments.questions, arguments.teachers)
+    start = time.perf_counter()
+    used = time.process_time()
+    report = score_file(source, arguments.folder / "consensus_stream.parquet")
+    seconds, used = time.perf_counter() - start, time.process_time() - used
+    line = {
+        "questions": report.questions,
+        "teachers": arguments.teachers,
+        "input_bytes": size,
+        "cores": os.cpu_count(),
+        "seconds": round(seconds, 1),
+        "processor_seconds": round(used, 1),
+        "questions_per_second": round(report.questions / seconds),
+        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "load_average": round(os.getloadavg()[0], 1),
+    }
+    print(line)
+    new = not arguments.out.exists()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(line))
+        if new:
+            writer.writeheader()
+        writer.writerow(line)
+    source.unlink()
+
+
+if __name__ == "__main__":
+    main()
