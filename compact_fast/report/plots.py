@@ -175,7 +175,7 @@ def agreement(run: Run, theme: Theme) -> Figure | str:
     left = style.text_width(labels) + 0.3
     side = min(WIDTH - left - 0.85, 0.62 * K)
     height = HEAD + side + 0.55
-    numbers = side / K > 0.24
+    numbers = side / K > 0.21
     sub = "mean over questions; 1: the same steps and results, 0: nothing in common"
     if not numbers:
         sub = "mean over questions; too many teachers for numbers here: see agreement.json"

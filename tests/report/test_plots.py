@@ -110,3 +110,12 @@ def test_a_damaged_agreement_is_said(tmp_path):
 )
 def test_mi_is_labelled_with_its_unit(tmp_path, config, unit):
     assert mi_unit(Run(tmp_path, {"config": config}, [], [], None, None, [])) == unit
+
+
+def test_agreement_of_eight_teachers_shows_its_numbers(tmp_path):
+    run = read_run(make_run(tmp_path, EIGHT, 1))
+    (picture,) = [p for p in ALL_PICTURES if p.key == "agreement"]
+    with style.themed(style.LIGHT):
+        written = [text for text, _ in texts_of(picture.draw(run, style.LIGHT))]
+    assert written.count("0.83") == 14
+    assert written.count("none") == 2
