@@ -127,8 +127,8 @@ def consistency(
     block_k = next_power_of_2(teachers)
     consistency_kernel[(B,)](
         logits, grad, alpha, lengths, value, pair_floor, teachers, V, logits.stride(0),
-        grad.stride(0), BLOCK_K=block_k, BLOCK_V=max(64, min(512, 2048 // block_k)),
-        num_warps=8, num_stages=1, **UNFUSED,
+        grad.stride(0), BLOCK_K=block_k, BLOCK_V=max(32, min(512, 1024 // block_k)),
+        num_warps=4, num_stages=1, **UNFUSED,
     )  # fmt: skip
     return value
 

@@ -54,10 +54,11 @@ def row_factors(
     """weights / labels / total of each row; 0 without a label or a weight."""
     out = torch.empty_like(total)
     n = out.numel()
-    row_factors_kernel[(triton.cdiv(n, 256),)](
-        weights, labels, sequence, targets, total, out, n, first_sequence, BLOCK=256,
-        num_warps=2, num_stages=1, **UNFUSED,
-    )  # fmt: skip
+    if n:
+        row_factors_kernel[(triton.cdiv(n, 256),)](
+            weights, labels, sequence, targets, total, out, n, first_sequence, BLOCK=256,
+            num_warps=2, num_stages=1, **UNFUSED,
+        )  # fmt: skip
     return out
 
 
