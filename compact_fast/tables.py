@@ -54,7 +54,7 @@ def size(number_of_bytes: float) -> str:
     return f"{number_of_bytes / 1e9:,.1f} GB"
 
 
-class ProgressLine:
+class _Line:
     """One line on stderr that is rewritten in place; silent where stderr is not a terminal."""
 
     def __init__(self, name: str, unit: str = "") -> None:
@@ -62,15 +62,41 @@ class ProgressLine:
         self.start = self.shown = time.monotonic()
         self.live = sys.stderr.isatty()
 
-    def __call__(self, done: int, total: int) -> None:
+    def due(self) -> bool:
+        """Whether it is time to rewrite the line."""
         now = time.monotonic()
-        if not self.live or (now - self.shown < 0.1 and done < total):
-            return
+        if not self.live or now - self.shown < 0.1:
+            return False
         self.shown = now
-        passed = now - self.start
-        left = f", {duration(passed / done * (total - done))} left" if 0 < done < total else ""
-        line = f"{self.name}: {done:,} of {total:,}{self.unit}{left}"
+        return True
+
+    def write(self, text: str) -> None:
         width = shutil.get_terminal_size().columns - 1
-        print(f"\r{line[:width]:<{width}}", end="", file=sys.stderr, flush=True)
+        print(f"\r{text[:width]:<{width}}", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the line empty."""
+        if self.live:
+            self.write("")
+            print("\r", end="", file=sys.stderr, flush=True)
+
+
+class ProgressLine(_Line):
+    """Progress towards a known end, with the time left."""
+
+    def __call__(self, done: int, total: int) -> None:
         if done >= total:
-            print(f"\r{'':<{width}}\r", end="", file=sys.stderr, flush=True)
+            self.close()
+        elif self.due():
+            passed = time.monotonic() - self.start
+            left = f", {duration(passed / done * (total - done))} left" if done else ""
+            self.write(f"{self.name}: {done:,} of {total:,}{self.unit}{left}")
+
+
+class CountLine(_Line):
+    """Progress without a known end, with the speed."""
+
+    def __call__(self, done: int) -> None:
+        if self.due():
+            speed = done / max(time.monotonic() - self.start, 1e-9)
+            self.write(f"{self.name}: {done:,}{self.unit}, {speed:,.0f} a second")

@@ -17,7 +17,7 @@ from compact_fast.cli import messages
 from compact_fast.cli.verb import Verb
 from compact_fast.flat_yaml import near
 
-VERBS = ("init", "check", "train", "eval", "score", "report", "env")
+VERBS = ("init", "check", "train", "eval", "score", "consensus", "report", "env")
 
 USER_ERROR, BUG = 2, 1
 
@@ -85,7 +85,7 @@ def overview() -> str:
         "usage: compact-fast COMMAND ...",
         "",
     ]
-    lines += [f"  {name:<8}{load_verb(name).summary}" for name in VERBS]
+    lines += [f"  {name:<11}{load_verb(name).summary}" for name in VERBS]
     lines += ["", "compact-fast COMMAND --help shows a command's options."]
     return "\n".join(lines)
 

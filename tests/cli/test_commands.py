@@ -110,6 +110,44 @@ def test_report_is_remade_and_runs_are_compared(trained, command, tmp_path):
     assert done.stdout.strip().endswith("index.html")
 
 
+def test_consensus_needs_no_student(command, rationales, tmp_path):
+    import pyarrow.parquet as pq
+
+    target = tmp_path / "agreement.parquet"
+    done = command("consensus", rationales, "-o", target)
+    assert done.returncode == 0, done.stderr
+    rows = pq.read_table(target).to_pylist()
+    assert [row["id"] for row in rows] == [f"q{i}" for i in range(6)]
+    assert rows[0]["teachers"] == ["ada", "bob"]
+    assert "6 questions" in done.stdout
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["ada", "6"] in [line[:2] for line in lines]
+    done = command("consensus", rationales, "--explain", "q1")
+    assert done.returncode == 0, done.stderr
+    assert "ada" in done.stdout
+    assert "3 + 1 = 4" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{file}"], "--output: missing"),
+        (["{file}", "-o", "x.csv"], "ends in .parquet"),
+        (["{file}", "--explain", "q77"], "has no question 'q77'; did you mean q"),
+        (["{file}", "-o", "x.parquet", "--threads", "many"], "--threads: expected a whole number"),
+        (["{file}.jsonl", "-o", "x.parquet"], "no such file"),
+        (["{file}", "-o", "x.parquet", "--tau", "1"], "--tau: unknown option"),
+    ],
+)
+def test_consensus_refuses(words, message, rationales, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["consensus", *(w.format(file=rationales) for w in words)]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == [rationales.name]
+
+
 def test_report_refuses_a_folder_without_a_run(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "holds neither run.json nor metrics.jsonl" in capsys.readouterr().err

@@ -1,0 +1,121 @@
+"""`compact-fast consensus`: graph consensus of a file of any size, without a student."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compact_fast.cli.arguments import Arguments, Option
+from compact_fast.cli.train import say
+from compact_fast.cli.verb import Verb
+from compact_fast.flat_yaml import Setting, check, parse_text
+from compact_fast.run_config import schema
+from compact_fast.tables import CountLine, duration, indent, percent, table
+
+if TYPE_CHECKING:
+    from compact_fast.graphs.stream import StreamReport
+
+
+def run(arguments: Arguments) -> int:
+    source = Path(arguments.positionals[0])
+    backend = _value(arguments, "backend", "consensus_backend")
+    threads = _value(arguments, "threads", "consensus_threads")
+    if (name := arguments.option("explain")) is not None:
+        say(_explain(source, name, backend))
+        return 0
+    target = arguments.option("output")
+    if target is None or not target.endswith(".parquet") or Path(target).is_dir():
+        got = "missing" if target is None else target
+        raise ValueError(f"--output: {got}: expected a file name that ends in .parquet")
+    from compact_fast.graphs.stream import resumable, score_file
+
+    if resumable(target):
+        say(f"going on with an earlier run of {target}")
+    started = time.monotonic()
+    progress = CountLine("consensus", " questions")
+    report = score_file(source, target, backend=backend, threads=threads, on_progress=progress)
+    progress.close()
+    say(indent(teachers_text(report)) + "\n")
+    say(_flags(report))
+    spent = time.monotonic() - started
+    new = report.questions - report.resumed_at
+    earlier = f", {report.resumed_at:,} of them by an earlier run" if report.resumed_at else ""
+    speed = f"{new / max(spent, 1e-9):,.0f} questions/s"
+    done = f"{report.questions:,} questions{earlier}, {duration(spent)}, {speed}"
+    say(f"Wrote {target}: {done}")
+    return 0
+
+
+def _value(arguments: Arguments, option: str, key: str) -> Any:
+    """An option's value, checked as the configuration key that means the same."""
+    text = arguments.option(option)
+    if text is None:
+        return schema()[key].default
+    hint = schema()[key].hint
+    return check(Setting(parse_text(text, hint), f"--{option}"), key, hint)
+
+
+def teachers_text(report: StreamReport) -> str:
+    """One line a teacher, over the whole file."""
+    rows = [
+        [
+            t.teacher,
+            f"{t.rationales:,}",
+            f"{t.mean_score:.2f}",
+            f"{t.mean_agreement:.2f}",
+            percent(t.share_copied),
+            percent(t.share_filtered),
+            percent(t.share_right),
+        ]
+        for t in report.teachers
+    ]
+    headers = ["teacher", "rationales", "score", "agreement", "copied", "filtered", "right"]
+    return table(headers, rows)
+
+
+def _flags(report: StreamReport) -> str:
+    n = max(report.questions, 1)
+    return (
+        f"{percent(report.no_evidence / n)} of questions without evidence, "
+        f"{percent(report.undecidable / n)} undecidable"
+    )
+
+
+def _explain(source: Path, name: str, backend: Any) -> str:
+    from compact_fast.flat_yaml import near
+    from compact_fast.graphs.explain import explain
+    from compact_fast.graphs.stream import question_texts, read_rows
+
+    names = []
+    for place, row in read_rows(source):
+        question = question_texts(row, place)
+        if question.id == name:
+            return explain(
+                question.texts,
+                question.teachers,
+                final_answers=question.answers,
+                backend=backend,
+            )
+        names.append(question.id)
+    raise ValueError(f"--explain: {source} has no question {name!r}{near(name, names)}")
+
+
+VERB = Verb(
+    name="consensus",
+    summary="Score how far the teachers of each question agree; needs no student.",
+    details=(
+        "DATA is a .jsonl or .parquet file of any size. A run that was cut off goes on where it "
+        "was when the same command is given again. One row a question: id, teachers, scores, "
+        "agreement, groups, right, no_evidence, undecidable."
+    ),
+    run=run,
+    names=("DATA",),
+    required=1,
+    options=(
+        Option("output", "The parquet file to write.", "FILE", short="o"),
+        Option("explain", "Show one question's steps, matches and scores instead.", "ID"),
+        Option("threads", "Threads; all cores unless given.", "N"),
+        Option("backend", "auto, native or rustworkx. Default: auto.", "NAME"),
+    ),
+)
