@@ -99,7 +99,10 @@ def comparison_table(folders: Mapping[str, Path]) -> str:
         row.append(_weight_on_wrong(folders.get(label)))
         rows.append(row)
     headers = ["weighting", *(COLUMNS[key] for key in shown), "weight of a wrong rationale"]
-    return table(headers, rows)
+    text = table(headers, rows)
+    if "rationale_nll" in shown:
+        text += "\n(held-out NLL is over every teacher's rationales, wrong ones too)"
+    return text
 
 
 def _weight_on_wrong(folder: Path | None) -> str:
