@@ -17,7 +17,7 @@ from compact_fast.atomic import atomic_file
 from compact_fast.backends import CompactBackend
 from compact_fast.config import CompactConfig
 from compact_fast.students import check_head, inference
-from compact_fast.trainer.step import Collator, compact_step, direct_body, pad_token
+from compact_fast.trainer.step import Collator, compact_step, direct_body
 
 Row = dict[str, Any]
 Progress = Callable[[int, int], None]
@@ -42,6 +42,7 @@ def score_rows(
     batch_tokens: int = 8192,
     window: int = 512,
     batches: Sequence[Sequence[int]] | None = None,
+    share_prompts: bool = True,
     progress: Progress | None = None,
 ) -> Iterator[Row]:
     """Yield one row a rationale, question by question in the order of `rows`.
@@ -57,7 +58,7 @@ def score_rows(
     """
     config = config or CompactConfig()
     check_head(model)
-    collator = Collator.of(config, thinking_ids, pad_token(tokenizer, model))
+    collator = Collator.of(model, tokenizer, config, thinking_ids, share_prompts=share_prompts)
     done = 0
     for group in _windows(rows, window, batch_tokens) if batches is None else [batches]:
         found: dict[int, list[Row]] = {}

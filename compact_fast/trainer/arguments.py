@@ -43,6 +43,10 @@ class CompactTrainingArguments(TrainingArguments):
     backend: str = "auto"
     """Name of the backend of the loss."""
 
+    share_prompts: bool = True
+    """Read a question's prompt once for all its rationales, where the student can take it and it
+    saves work. Equal but for rounding."""
+
     eval_batch_tokens: int = 16384
     """Padded tokens in one forward pass of the evaluation."""
 

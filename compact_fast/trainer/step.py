@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,8 +28,9 @@ from compact_fast.students import (
     inference,
     unwrap,
 )
+from compact_fast.trainer.packing import is_cheaper, pack_shared, refusal, shared_mask
 
-Body = Callable[[Tensor, Tensor | None], Tensor]
+Body = Callable[..., Tensor]  # (input_ids, attention_mask, **kwargs) -> [rows, length, D]
 
 
 @dataclass(frozen=True)
@@ -40,21 +41,40 @@ class Collator:
     pad_id: int
     keep_padding: bool = False  # for mode="reference"
     priors: bool = False  # for mi="pvi"
+    shared_width: int = 0  # width of a body that can share prompts; 0: it cannot
 
     @classmethod
-    def of(cls, config: CompactConfig, thinking_ids: Sequence[int], pad_id: int) -> Collator:
-        """The collator that a configuration needs."""
+    def of(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        config: CompactConfig,
+        thinking_ids: Sequence[int],
+        *,
+        share_prompts: bool = True,
+    ) -> Collator:
+        """The collator that a student and a configuration need.
+
+        Prompts are shared where the student can take it; the reference mode reads padding, which
+        only separate sequences have.
+        """
+        reference = config.mode == "reference"
+        share = share_prompts and not reference and refusal(model) is None
         return cls(
             tuple(thinking_ids),
-            pad_id,
-            keep_padding=config.mode == "reference",
+            pad_token(tokenizer, model),
+            keep_padding=reference,
             priors=config.mi == "pvi" and mi_is_used(config),
+            shared_width=body_and_head(model).weight.shape[1] if share else 0,
         )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         # Always padded on the right: a causal body cannot see it there, so it needs no mask.
         common: dict[str, Any] = {"thinking_ids": self.thinking_ids, "pad_id": self.pad_id}
         out = dict(vars(collate(rows, keep_padding=self.keep_padding, **common)))
+        if self.shared_width and is_cheaper(rows, self.shared_width):
+            out.pop("attention_mask")
+            out |= pack_shared(rows, self.pad_id)
         if self.priors:
             out["priors"] = dict(vars(collate_priors(rows, **common)))
         return out
@@ -86,20 +106,24 @@ def wrapped_body(model: nn.Module) -> Body:
     if unwrap(model) is model:
         return direct_body(model)
 
-    def run(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        with _returning_hidden_states(causal_model(model)):
-            hidden: Tensor = model(input_ids=input_ids, attention_mask=attention_mask)
+    def run(input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        with _returning_hidden_states(causal_model(model), kwargs):
+            hidden: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         return hidden
 
     return run
 
 
 @contextmanager
-def _returning_hidden_states(causal: Any) -> Iterator[None]:
-    """Inside, the innermost model's forward stops before the head."""
+def _returning_hidden_states(causal: Any, names: Collection[str]) -> Iterator[None]:
+    """Inside, the innermost model's forward stops before the head.
 
-    def forward(input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> Tensor:
-        return hidden_states(causal.base_model, input_ids, attention_mask)
+    `names` are those of further arguments to hand on; wrappers add some that the body lacks.
+    """
+
+    def forward(input_ids: Tensor, attention_mask: Tensor | None = None, **given: Any) -> Tensor:
+        kwargs = {name: given[name] for name in names}
+        return hidden_states(causal.base_model, input_ids, attention_mask, **kwargs)
 
     before = causal.__dict__.get("forward")
     causal.forward = forward
@@ -115,9 +139,16 @@ def _returning_hidden_states(causal: Any) -> Iterator[None]:
 def packed_hidden(body: Body, inputs: Mapping[str, Any]) -> Tensor:
     """Hidden states of the packed positions, [T, D]."""
     layout: TokenLayout = inputs["layout"]
-    # PAD positions only count where the layout holds them (mode="reference").
-    mask = inputs["attention_mask"] if layout.real is not None else None
-    hidden = body(inputs["input_ids"], mask)
+    if "segments" in inputs:
+        hidden = body(
+            inputs["input_ids"],
+            shared_mask(inputs["segments"]),
+            position_ids=inputs["position_ids"],
+        )
+    else:
+        # PAD positions only count where the layout holds them (mode="reference").
+        seen = inputs["attention_mask"] if layout.real is not None else None
+        hidden = body(inputs["input_ids"], seen)
     return hidden.reshape(-1, hidden.shape[-1])[inputs["gather"]]
 
 

@@ -25,7 +25,7 @@ from compact_fast.trainer.arguments import CompactTrainingArguments
 from compact_fast.trainer.callbacks import ProgressDisplay, RunFiles
 from compact_fast.trainer.checkpoints import CheckpointedTrainer
 from compact_fast.trainer.guard import NonFiniteGuard
-from compact_fast.trainer.step import Collator, compact_step, pad_token, wrapped_body
+from compact_fast.trainer.step import Collator, compact_step, wrapped_body
 from compact_fast.trainer.window import LogWindow
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,11 @@ class CompactTrainer(CheckpointedTrainer):
             model=model,
             args=args,
             data_collator=Collator.of(
-                config, args.thinking_ids, pad_token(processing_class, model)
+                model,
+                processing_class,
+                config,
+                args.thinking_ids,
+                share_prompts=args.share_prompts,
             ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
