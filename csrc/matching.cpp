@@ -8,6 +8,8 @@ namespace {
 
 constexpr int kShift = 23;  // S * S * half is in units of 1 / (kOne << kShift)
 constexpr int kLists = 2 * kEdgeTypes;
+constexpr std::int64_t kFirstSearch = 300;
+constexpr std::int64_t kShakes = 4;  // rounds of iterated local search a row
 
 }  // namespace
 
@@ -159,6 +161,12 @@ std::int64_t Matcher::improve(const Problem& p, std::vector<std::int32_t>& colum
     best = value;
     column_of.swap(next);
   }
+  return exchange(p, column_of, best);
+}
+
+// Exchanges single columns while that improves. `best` is the value of `column_of`; returns the new.
+std::int64_t Matcher::exchange(const Problem& p, std::vector<std::int32_t>& column_of,
+                               std::int64_t best) {
   row_of_.assign(static_cast<std::size_t>(p.m), -1);
   for (std::int64_t i = 0; i < p.n; ++i)
     if (column_of[i] >= 0) row_of_[column_of[i]] = static_cast<std::int32_t>(i);
@@ -207,11 +215,49 @@ std::int64_t Matcher::improve(const Problem& p, std::vector<std::int32_t>& colum
   return best;
 }
 
+// Iterated local search: moves a few columns in a circle, exchanges, keeps what is not worse. The
+// choices come from a fixed sequence, so the result is the same everywhere.
+std::int64_t Matcher::shake(const Problem& p, std::vector<std::int32_t>& column_of,
+                            std::int64_t best, std::int64_t rounds) {
+  std::uint64_t state = 0x9E3779B97F4A7C15ull;
+  auto below = [&](std::int64_t limit) {
+    state = state * 6364136223846793005ull + 1442695040888963407ull;
+    return static_cast<std::int64_t>((state >> 33) % static_cast<std::uint64_t>(limit));
+  };
+  if (p.n < 2 || p.m < 2) return best;
+  work_ = column_of;
+  std::int64_t current = best;
+  for (std::int64_t round = 0; round < rounds; ++round) {
+    std::vector<std::int32_t>& trial = trial_;
+    trial = work_;
+    const std::int64_t moved = 2 + below(3);
+    std::int64_t from = below(p.n);
+    for (std::int64_t k = 0; k < moved; ++k) {
+      const std::int64_t to = below(p.n);
+      std::swap(trial[from], trial[to]);
+      from = to;
+    }
+    if (p.m > p.n) {  // a row may also take a column that is free
+      const auto column = static_cast<std::int32_t>(below(p.m));
+      if (std::find(trial.begin(), trial.end(), column) == trial.end()) trial[from] = column;
+    }
+    const std::int64_t value = exchange(p, trial, objective(p, trial.data()));
+    if (value < current) continue;
+    current = value;
+    work_ = trial;
+    if (value > best) {
+      best = value;
+      column_of = trial;
+    }
+  }
+  return best;
+}
+
 // Drops pairs that no matching better than the best known can use, again and again, for every pair
 // less lowers the bounds of its neighbours. Returns the bound of what is left, in 1 / kOne.
 std::int64_t Matcher::reduce(Problem& p, int fine, std::int64_t& best,
                              std::vector<std::int32_t>& columns) {
-  kept_.assign(p.s, p.s + p.n * p.m);
+  if (p.s != kept_.data()) kept_.assign(p.s, p.s + p.n * p.m);
   p.s = kept_.data();
   std::vector<std::int32_t>& guess = trial_;
   guess.resize(static_cast<std::size_t>(p.n));
@@ -310,6 +356,42 @@ struct Matcher::Search {
   }
 };
 
+// The best value, or a bound on it when the node budget ends, from a good matching and its value. A
+// short search settles most pairs; for the others a better start is worth its price.
+std::int64_t Matcher::prove(Problem& p, std::int64_t node_budget, std::int64_t& value,
+                            std::vector<std::int32_t>& columns) {
+  bounds(p, nullptr, nullptr, 0);
+  const std::int64_t largest = c_.empty() ? 0 : *std::max_element(c_.begin(), c_.end());
+  int fine = 0;  // as many extra bits as the narrow assignment can take
+  while (fine < 6 &&
+         (largest << (fine + 2)) * (std::min(p.n, p.m) + 2) < (std::int64_t{1} << 22))
+    ++fine;
+  std::int64_t bound = reduce(p, fine, value, columns);
+  std::int64_t spent = 0;
+  for (std::int64_t budget : {std::min(node_budget, kFirstSearch), node_budget}) {
+    if (bound <= value >> kShift) break;
+    if (spent > 0 || node_budget <= kFirstSearch) {
+      bounds(p, nullptr, nullptr, 0);  // exchange() wants them unscaled
+      value = shake(p, columns, value, kShakes * p.n);
+      bound = std::min(bound, reduce(p, fine, value, columns));
+    }
+    Search search{*this, p, fine, budget - spent, value, columns, {}, {}};
+    search.column_of.assign(static_cast<std::size_t>(p.n), kOpen);
+    search.taken.assign(static_cast<std::size_t>(p.m), 0);
+    bounds(p, nullptr, nullptr, fine);
+    order_rows(p);
+    const std::vector<std::int32_t> guess = columns;
+    search.run(0, bound, guess);
+    columns = search.best_columns;
+    value = search.best;
+    const std::int64_t known = value >> kShift;
+    bound = search.complete ? known : std::min(bound, std::max(known, search.open_bound));
+    if (budget == node_budget) break;
+    spent = budget;
+  }
+  return std::max(bound, value >> kShift);
+}
+
 MatchOutcome Matcher::match(Mode mode, const std::int32_t* similarity, std::int64_t n, std::int64_t m,
                             const EdgeList& a, const EdgeList& b, const std::int32_t* edge_half,
                             std::int64_t node_budget, std::int32_t* assigned) {
@@ -335,26 +417,8 @@ MatchOutcome Matcher::match(Mode mode, const std::int32_t* similarity, std::int6
     out.value = value >> kShift;
     out.proven = out.value == ceiling;
     if (mode == Mode::kExact && !out.proven) {
-      bounds(p, nullptr, nullptr, 0);
-      const std::int64_t largest = c_.empty() ? 0 : *std::max_element(c_.begin(), c_.end());
-      int fine = 0;
-      while (fine < 6 && (largest << (fine + 2)) * (std::min(n, m) + 2) < (std::int64_t{1} << 22))
-        ++fine;
-      const std::int64_t reduced = reduce(p, fine, value, columns);
-      if (reduced <= value >> kShift) {
-        out = {value >> kShift, value >> kShift, true};
-        if (assigned) std::copy(columns.begin(), columns.end(), assigned);
-        return out;
-      }
-      Search search{*this, p, fine, node_budget, value, columns, {}, {}};
-      search.column_of.assign(static_cast<std::size_t>(n), kOpen);
-      search.taken.assign(static_cast<std::size_t>(m), 0);
-      order_rows(p);
-      std::vector<std::int32_t> guess = columns;
-      search.run(0, std::min(ceiling, reduced), guess);
-      columns = search.best_columns;
-      out.value = search.best >> kShift;
-      out.bound = search.complete ? out.value : std::max(out.value, search.open_bound);
+      out.bound = prove(p, node_budget, value, columns);
+      out.value = value >> kShift;
       out.proven = out.bound == out.value;
     }
   }

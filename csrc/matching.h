@@ -68,7 +68,12 @@ class Matcher {
   std::int64_t contribution(const Problem& p, const std::int32_t* column_of, std::int64_t i,
                             std::int64_t j) const;
   std::int64_t improve(const Problem& p, std::vector<std::int32_t>& column_of);
+  std::int64_t exchange(const Problem& p, std::vector<std::int32_t>& column_of, std::int64_t best);
+  std::int64_t shake(const Problem& p, std::vector<std::int32_t>& column_of, std::int64_t best,
+                     std::int64_t rounds);
   std::int64_t reduce(Problem& p, int fine, std::int64_t& best, std::vector<std::int32_t>& columns);
+  std::int64_t prove(Problem& p, std::int64_t node_budget, std::int64_t& value,
+                     std::vector<std::int32_t>& columns);
   void order_rows(const Problem& p);
 
   Assignment lap_;

@@ -15,6 +15,7 @@ import random
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 from compact_fast.graphs.stream import score_file
 
@@ -47,7 +48,7 @@ def write(path: Path, questions: int, teachers: int) -> int:
                 first = a * b + slip
                 second, last = first + c, first + c - d
                 text = (
-                    f"{name} buys {a} boxes with {b} {thing} each, so {a} * {b} = {first} {thing}.\n"
+                    f"{name} buys {a} boxes of {b} {thing} each, so {a} * {b} = {first} {thing}.\n"
                     f"Then a friend adds {c} more: {first} + {c} = {second} {thing}.\n"
                     f"After giving {d} away there are {second} - {d} = {last} {thing} left.\n"
                     f"The answer is {last}."
@@ -57,12 +58,8 @@ def write(path: Path, questions: int, teachers: int) -> int:
                     f"So {name} has {last} {thing}.\n#### {last}"
                 )
                 rationales.append({"teacher": f"teacher-{k}", "text": text, "answer": str(last)})
-            row = {
-                "id": f"q{q}",
-                "question": "",
-                "answer": str(a * b + c - d),
-                "rationales": rationales,
-            }
+            row: dict[str, Any] = {"id": f"q{q}", "question": "", "answer": str(a * b + c - d)}
+            row["rationales"] = rationales
             file.write(json.dumps(row) + "\n")
     return path.stat().st_size
 
