@@ -139,8 +139,8 @@ def kills(root: Path, count: int) -> dict[str, Any]:
             duration *= 0.9
             shutil.rmtree(run_dir)
             continue
-        hidden = [name for name in os.listdir(run_dir) if name.startswith(".")]
-        stems = {name.split("-")[0].removesuffix(".tmp") for name in hidden}
+        # A kill may come before there is a folder.
+        stems = {path.name.split("-")[0].removesuffix(".tmp") for path in run_dir.glob(".*")}
         if ".checkpoint" in stems:
             where["inside a save"] += 1
         elif stems:
