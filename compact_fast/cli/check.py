@@ -44,6 +44,7 @@ def run(arguments: Arguments) -> int:
         ["optimizer", size(f.optimizer_bytes)],
         ["activations of the largest batch", size(f.activation_bytes)],
         ["loss", size(f.loss_bytes)],
+        ["Python and libraries", size(f.process_bytes)],
         ["memory at the peak, about", size(f.peak_bytes)],
     ]
     say(indent(table(rows[0], rows[1:])))

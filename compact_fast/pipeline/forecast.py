@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class Forecast:
     optimizer_bytes: int
     activation_bytes: int
     loss_bytes: int
+    process_bytes: int
+    """Python and its libraries, where training shares their memory (on the CPU)."""
 
     @property
     def peak_bytes(self) -> int:
@@ -42,6 +45,7 @@ class Forecast:
             + self.optimizer_bytes
             + self.activation_bytes
             + self.loss_bytes
+            + self.process_bytes
         )
 
 
@@ -63,17 +67,20 @@ def forecast(config: RunConfig, model: Any, rows: Sequence[Mapping[str, Any]]) -
     trained = [p for p in parameters if p.requires_grad]
     trained_bytes = sum(p.numel() * p.element_size() for p in trained)
     width = head.weight.shape[1]
+    weight_bytes = sum(p.numel() * p.element_size() for p in parameters)
+    on_cpu = not torch.cuda.is_available()
     head_gradient = width * head.weight.shape[0] * 4 if head.trainable else 0
     return Forecast(
         steps=steps,
         questions_per_update=t.questions_per_step * t.gradient_accumulation_steps * processes,
         epochs=epochs,
         tokens=round(tokens * epochs),
-        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        weight_bytes=weight_bytes,
         gradient_bytes=trained_bytes,
         optimizer_bytes=2 * trained_bytes,
         activation_bytes=largest * activation_bytes_per_token(config, model),
         loss_bytes=LOSS_CHUNK_BYTES + head_gradient + largest * width * 4,
+        process_bytes=max(resident_bytes() - weight_bytes, 0) if on_cpu else 0,
     )
 
 
@@ -130,6 +137,15 @@ def activation_bytes_per_token(config: RunConfig, model: Any) -> int:
     if config.training.gradient_checkpointing:
         return int(layers * width * size + layer)
     return int(layers * layer)
+
+
+def resident_bytes() -> int:
+    """Memory of this process, 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def bf16_autocast(config: RunConfig) -> bool:
