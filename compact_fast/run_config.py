@@ -185,6 +185,10 @@ class TrainingSettings:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
+    share_prompts: bool = True
+    """Read a question's prompt once for all its rationales, where the student can take it and it
+    saves work. Equal but for rounding."""
+
     backend: str = "auto"
     """Backend of the loss: auto, torch, triton, reference, or an installed one by its name."""
 
@@ -208,6 +212,9 @@ class TrainingSettings:
 
     report_to: str | list[str] = "none"
     """Experiment trackers, by their names in transformers."""
+
+    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+    """A progress bar, one line a log, or nothing; auto: a bar on a terminal, lines elsewhere."""
 
     def __post_init__(self) -> None:
         for key in ("questions_per_step", "gradient_accumulation_steps", "logging_steps"):

@@ -41,6 +41,7 @@ def run(arguments: Arguments) -> int:
         thinking_ids=inputs.train.thinking_ids,
         config=config.method,
         backend=config.training.backend,
+        share_prompts=config.training.share_prompts,
         progress=hear("scoring questions"),
     )
     info = {"student": str(config.run.student), "data": str(config.run.data)}

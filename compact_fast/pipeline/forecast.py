@@ -14,6 +14,7 @@ import torch
 from compact_fast.backends import Choice, RunSpec, choose
 from compact_fast.run_config import RunConfig
 from compact_fast.students import body_and_head, causal_model
+from compact_fast.trainer.packing import is_cheaper, refusal
 
 # Logits the torch backend holds at once, with their gradient rows beside them.
 LOSS_CHUNK_BYTES = 2 * (40 << 20)
@@ -53,12 +54,17 @@ def forecast(config: RunConfig, model: Any, rows: Sequence[Mapping[str, Any]]) -
     """Steps and tokens exactly, memory by a formula over the student's shape.
 
     Activations are those of the largest batch that can occur: the `questions_per_step` questions
-    with the most padded tokens.
+    with the most positions.
     """
     t = config.training
     rows = trainable_rows(config, rows)
-    padded = sorted((padded_tokens(row) for row in rows), reverse=True)
-    largest = sum(padded[: t.questions_per_step])
+    width = body_and_head(model).weight.shape[1]
+    share = t.share_prompts and config.method.mode != "reference" and refusal(model) is None
+
+    def positions(row: Mapping[str, Any]) -> int:
+        return shared_tokens(row) if share and is_cheaper([row], width) else padded_tokens(row)
+
+    largest = sum(sorted(map(positions, rows), reverse=True)[: t.questions_per_step])
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     steps, epochs = count_steps(config, len(rows), processes)
     tokens = sum(real_tokens(row) for row in rows)
@@ -66,7 +72,6 @@ def forecast(config: RunConfig, model: Any, rows: Sequence[Mapping[str, Any]]) -
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     trained_bytes = sum(p.numel() * p.element_size() for p in trained)
-    width = head.weight.shape[1]
     weight_bytes = sum(p.numel() * p.element_size() for p in parameters)
     on_cpu = not torch.cuda.is_available()
     head_gradient = width * head.weight.shape[0] * 4 if head.trainable else 0
@@ -107,6 +112,11 @@ def padded_tokens(row: Mapping[str, Any]) -> int:
     """Positions a question takes in a batch of its own."""
     lengths = [len(c) for c in row["completion_ids"]]
     return (len(row["prompt_ids"]) + max(lengths)) * len(lengths)
+
+
+def shared_tokens(row: Mapping[str, Any]) -> int:
+    """Positions a question takes when its rationales share one prompt."""
+    return len(row["prompt_ids"]) + sum(len(c) for c in row["completion_ids"])
 
 
 def real_tokens(row: Mapping[str, Any]) -> int:

@@ -58,6 +58,8 @@ def training_arguments(
         teachers=teachers,
         thinking_ids=thinking_ids,
         backend=t.backend,
+        share_prompts=t.share_prompts,
+        progress=t.progress,
         per_device_train_batch_size=t.questions_per_step,
         gradient_accumulation_steps=t.gradient_accumulation_steps,
         learning_rate=t.learning_rate,
