@@ -88,12 +88,14 @@ def _number(key: int) -> str:
 
 
 def _step(node: Node) -> str:
-    signs = "".join(sign for bit, sign in _SIGNS.items() if node.operators & bit)
-    operands = f" {signs or ','} ".join(map(_number, node.numbers))
+    signs = " ".join(sign for bit, sign in _SIGNS.items() if node.operators & bit)
+    text = ", ".join(map(_number, node.numbers))
+    if signs:
+        text = f"({signs}) {text}"
     if node.result_kind == RESULT_NONE:
-        return operands or "(words)"
+        return text or "(words)"
     mark = "=" if node.result_kind == RESULT_STATED else "states"
-    return f"{operands} {mark} {_number(node.result)}".strip()
+    return f"{text} {mark} {_number(node.result)}".strip()
 
 
 def _matrix(names: Sequence[str], rows: Sequence[Sequence[float]]) -> list[str]:
