@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from compact_fast.config import CompactConfig, Weighting
+from compact_fast.config import MODES, CompactConfig, Weighting
 from compact_fast.flat_yaml import Setting, check, describe, near, read_flat_yaml
 
 ARITHMETIC = "arithmetic"
@@ -330,6 +330,8 @@ def schema() -> Mapping[str, Key]:
             hint = hints[f.name] if default is not None else hints[f.name] | None
             assert f.name not in keys, f.name
             doc = DOCS.get(f.name) or docs.get(f.name, "")
+            if f.name in MODES["compact"]:
+                doc += " null: by mode."
             keys[f.name] = Key(f.name, group, hint, default, doc)
     return keys
 

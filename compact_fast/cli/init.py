@@ -40,10 +40,11 @@ def template(values: Mapping[str, Any]) -> str:
         "# Configuration of compact-fast. Every key is also a flag: --learning-rate 2e-5.",
         "# A key that is commented out has the value shown. Any other field of",
         "# transformers.TrainingArguments may be set by its name as well.",
+        "",
     ]
     for group, owner in GROUPS.items():
         summary = (owner.__doc__ or "").split("\n\n")[0].replace("\n", " ")
-        lines += ["", f"# ---- {group}: {summary}", ""]
+        lines += [f"# ---- {group}: {summary}", ""]
         for key in schema().values():
             if key.group != group:
                 continue
@@ -55,11 +56,12 @@ def template(values: Mapping[str, Any]) -> str:
                 lines.append(f"{key.name}: null")
             else:
                 lines.append(f"# {key.name}: {default_text(key)}")
+            lines.append("")
     foreign = [key for key in values if key not in schema()]
     if foreign:
-        lines += ["", "# ---- fields of transformers.TrainingArguments", ""]
+        lines += ["# ---- fields of transformers.TrainingArguments", ""]
         lines += [f"{key}: {yaml_text(values[key])}" for key in foreign]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).rstrip() + "\n"
 
 
 VERB = Verb(
