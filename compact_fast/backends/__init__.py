@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
+import torch
+
 from compact_fast.backends.protocol import ABI, CompactBackend, RunSpec
 from compact_fast.backends.reference_backend import ReferenceBackend
 from compact_fast.backends.torch_backend import TorchBackend
+from compact_fast.backends.triton_backend import TritonBackend
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +31,13 @@ __all__ = [
     "resolve",
 ]
 
-_BUILT_IN: dict[str, CompactBackend] = {"torch": TorchBackend(), "reference": ReferenceBackend()}
+_BUILT_IN: dict[str, CompactBackend] = {
+    "triton": TritonBackend(),
+    "torch": TorchBackend(),
+    "reference": ReferenceBackend(),
+}
 ENTRY_POINTS = "compact.backends"
-_AUTO_ORDER = ("torch",)  # the reference holds full logits: only ever on request
+_AUTO_ORDER = ("triton", "torch")  # the reference holds full logits: only ever on request
 _OBJECTS: dict[str, CompactBackend] = {}  # handle -> object; operators take text only
 
 
@@ -58,11 +65,12 @@ def choose(backend: str | CompactBackend = "auto", spec: RunSpec | None = None) 
     "auto" looks further.
     """
     if backend == "auto":
+        spec = spec or _usual_spec()
         refused: list[str] = []
         for name in _AUTO_ORDER:
-            verdict = True if spec is None else _BUILT_IN[name].can_run(spec)
+            verdict = _BUILT_IN[name].can_run(spec)
             if verdict is True:
-                why = f"first that can run on {spec.device}" if spec else "first by default"
+                why = f"first that can run on {spec.device}"
                 return Choice(_BUILT_IN[name], f"auto: {'; '.join([why, *refused])}")
             refused.append(f"{name}: {verdict}")
         raise ValueError("no backend can run here: " + "; ".join(refused))
@@ -80,6 +88,13 @@ def choose(backend: str | CompactBackend = "auto", spec: RunSpec | None = None) 
     return Choice(found, "requested")
 
 
+def _usual_spec() -> RunSpec:
+    """What a run on this machine would most likely ask for."""
+    gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if gpu else torch.float32
+    return RunSpec(torch.device("cuda" if gpu else "cpu"), dtype, 49152, 1024)
+
+
 def resolve(handle: str, spec: RunSpec) -> CompactBackend:
     """The backend behind a name or handle; ValueError if it cannot run `spec`."""
     return choose(handle, spec).backend
@@ -91,7 +106,8 @@ def get_backend(backend: str | CompactBackend = "auto") -> CompactBackend:
 
 
 def available_backends(spec: RunSpec | None = None) -> dict[str, bool | str]:
-    """Every known backend: True, or the reason why it cannot run `spec`."""
+    """Every known backend: True, or the reason why it cannot run `spec` (None: the usual run)."""
+    spec = spec or _usual_spec()
     found: dict[str, bool | str] = {}
     for name in (*_BUILT_IN, *_plugins()):
         try:
