@@ -43,9 +43,9 @@ class CMakeBuild(build_ext):
             self.extensions: list[Extension] = []
 
     def build_extension(self, ext: Extension) -> None:
-        cmake = shutil.which("cmake")
+        cmake = _tool("cmake")
         if cmake is None:
-            raise RuntimeError("no cmake on PATH")
+            raise RuntimeError("cmake is not installed")
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -65,7 +65,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             "-DCOMPACT_FAST_TESTS=OFF",
         ]
-        ninja = shutil.which("ninja")
+        ninja = _tool("ninja")
         if ninja and "CMAKE_GENERATOR" not in os.environ:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         # a build tree of another generator, compiler or Python answers with confusion: start anew
@@ -89,6 +89,11 @@ class CMakeBuild(build_ext):
         )
         if not target.exists():
             raise RuntimeError(f"the build ended without making {target.name}")
+
+
+def _tool(name: str) -> str | None:
+    """A program of this environment, whose folder need not be on PATH, or of the system."""
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
 
 
 def _run(command: list[str]) -> None:

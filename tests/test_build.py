@@ -19,6 +19,12 @@ SOURCES = (
 )  # fmt: skip
 
 
+SCRIPTS = str(Path(sys.executable).parent)
+CMAKE = shutil.which("cmake", path=SCRIPTS) or shutil.which("cmake")
+CTEST = shutil.which("ctest", path=SCRIPTS) or shutil.which("ctest")
+needs_cmake = pytest.mark.skipif(CMAKE is None, reason="cmake is not installed")
+
+
 def run(command: list[str], folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COMPACT_FAST"))}
     return subprocess.run(
@@ -79,7 +85,7 @@ def check_packages(names: list[str]) -> None:
         assert f"compact_fast/{name}" in names
 
 
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+@needs_cmake
 def test_sdist_to_wheel_has_the_native_module(sdist: Path, tmp_path: Path) -> None:
     done = build("wheel", sdist, tmp_path, COMPACT_FAST_REQUIRE_NATIVE="1")
     assert done.returncode == 0, done.stdout
@@ -151,7 +157,7 @@ def test_editable_install_adds_no_other_top_level_name(sdist: Path, tmp_path: Pa
     assert done.stdout.strip() == "[]", done.stdout
 
 
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+@needs_cmake
 @pytest.mark.parametrize(
     "preset",
     ["tests", *(pytest.param(p, marks=pytest.mark.nightly) for p in ("asan", "ubsan", "tsan"))],
@@ -160,9 +166,9 @@ def test_core_tests(preset: str, tmp_path: Path) -> None:
     """The C++ core's own tests, without Python; nightly under the sanitizers."""
     folder = tmp_path / "build"
     steps = (
-        ["cmake", "-S", str(ROOT), "-B", str(folder), "--preset", preset],
-        ["cmake", "--build", str(folder), "--parallel"],
-        ["ctest", "--test-dir", str(folder), "--output-on-failure"],
+        [str(CMAKE), "-S", str(ROOT), "-B", str(folder), "--preset", preset],
+        [str(CMAKE), "--build", str(folder), "--parallel"],
+        [str(CTEST), "--test-dir", str(folder), "--output-on-failure"],
     )
     for step in steps:
         done = run(step, ROOT)
