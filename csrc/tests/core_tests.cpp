@@ -93,10 +93,10 @@ std::int64_t brute_assignment(const std::vector<std::int32_t>& w, std::int64_t n
   return best;
 }
 
-void test_assignment() {
+void test_assignment(int rounds) {
   Random random(1);
   Assignment lap;
-  for (int round = 0; round < 3000; ++round) {
+  for (int round = 0; round < rounds; ++round) {
     const std::int64_t n = below(random, 6), m = below(random, 7);
     const std::int64_t high = round % 3 ? 4 : (round % 2 ? 1 << 17 : (1 << 30) - 1);
     std::vector<std::int32_t> w(static_cast<std::size_t>(n * m));
@@ -128,12 +128,12 @@ struct Edges {
   }
 };
 
-void test_matching() {
+void test_matching(int rounds) {
   Random random(2);
   Matcher matcher;
   const std::int32_t half[2] = {16, 32};
-  for (int round = 0; round < 2000; ++round) {
-    const std::int64_t n = below(random, 6), m = below(random, 6);
+  for (int round = 0; round < rounds; ++round) {
+    const std::int64_t n = below(random, 7), m = below(random, 7);
     std::vector<std::int32_t> s(static_cast<std::size_t>(n * m));
     for (auto& x : s) x = below(random, 2) ? static_cast<std::int32_t>(below(random, kOne + 1)) : 0;
     const Edges a = Edges::random(random, n), b = Edges::random(random, m);
@@ -237,11 +237,13 @@ void test_parallel() {
 }  // namespace
 
 int main(int argc, char** argv) {
+  // core_tests [QUESTIONS [GRAPHS]]: random questions scored, random graphs checked by brute force
   const int questions = argc > 1 ? std::atoi(argv[1]) : 4000;
+  const int graphs = argc > 2 ? std::atoi(argv[2]) : 2000;
   test_numbers();
   test_parse();
-  test_assignment();
-  test_matching();
+  test_assignment(graphs);
+  test_matching(graphs);
   test_parallel();
   test_random_questions(questions);
   std::printf("%d checks passed\n", checks);

@@ -120,10 +120,18 @@ def shuffled(texts: list[str], cu: np.ndarray, answers: list[Any], rng: random.R
 
 
 @needs_native
-def test_order_threads_and_batches_do_not_matter(real) -> None:
+def test_order_threads_batches_and_instructions_do_not_matter(real) -> None:
+    from compact_fast import _native
+
     _, texts, cu, answers = real("obqa_train_eit_tinyllm")
     texts, cu, answers = texts[: cu[150]], cu[:151], answers[: cu[150]]
     plain = consensus(texts, cu, final_answers=answers, threads=1)
+    _native.force_simd_level(0)
+    try:
+        scalar = consensus(texts, cu, final_answers=answers, threads=2)
+    finally:
+        _native.force_simd_level(-1)
+    np.testing.assert_array_equal(scalar.scores, plain.scores)
     order, mixed, bounds, finals = shuffled(texts, cu, answers, random.Random(0))
     other = consensus(mixed, bounds, final_answers=finals, threads=5)
     np.testing.assert_array_equal(other.scores, plain.scores[order])
