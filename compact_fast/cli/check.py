@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compact_fast.cli.arguments import Arguments
-from compact_fast.cli.train import read, say
+from compact_fast.cli.train import hear, read, say
 from compact_fast.cli.verb import Verb
 from compact_fast.run_config import GROUPS, load
 from compact_fast.tables import indent, size, table
@@ -14,20 +14,18 @@ def run(arguments: Arguments) -> int:
     config = load(path, arguments.overrides)
     config.require("student", "data")
     from compact_fast.pipeline import run_folder
-    from compact_fast.pipeline.corpus import evaluation_questions
 
     run_folder.resume_point(config)
     inputs = read(config, write=False)
     from compact_fast.pipeline.forecast import backend_choice, forecast
     from compact_fast.pipeline.inputs import method_line, teachers_text
-    from compact_fast.pipeline.training import check_trainable
+    from compact_fast.pipeline.training import Measurement, check_trainable
 
     check_trainable(inputs)
     choice = backend_choice(config, inputs.student.model)
     say(f"Method     {method_line(config)}")
     say(f"Backend    {choice.backend.name} ({choice.reason})")
-    found = evaluation_questions(config)
-    say(f"Evaluate   {f'{len(found[0]):,} questions of {found[1]}' if found else 'no questions'}")
+    say(f"Evaluate   {Measurement(inputs, hear).description}")
     say(f"Output     {config.run.output_dir}")
     if config.run.compare:
         say(f"Compare    the same run again, weighted by {', '.join(config.run.compare)}")

@@ -52,7 +52,7 @@ def training_arguments(
 ) -> CompactTrainingArguments:
     """The trainer's arguments for a configuration."""
     t = config.training
-    return CompactTrainingArguments(
+    values = dict(
         output_dir=config.run.output_dir,
         compact=config.method,
         teachers=teachers,
@@ -79,6 +79,14 @@ def training_arguments(
         report_to=t.report_to,
         **config.extra,
     )
+    try:
+        return CompactTrainingArguments(**values)
+    except ValueError as error:
+        # transformers names the value and what is allowed, but not the key
+        for key, setting in config.settings.items():
+            if str(error).startswith(f"{setting.value} is not"):
+                raise setting.error(key, str(error)) from error
+        raise
 
 
 def make_trainer(inputs: Inputs) -> CompactTrainer:
@@ -90,14 +98,20 @@ def make_trainer(inputs: Inputs) -> CompactTrainer:
     held_out = inputs.held_out.rows if inputs.held_out else None
     if config.training.eval_steps is not None and held_out is None:
         raise ValueError("eval_steps: nothing is held out to evaluate on; set holdout")
-    return CompactTrainer(
-        inputs.student.model,
-        args,
-        inputs.train.rows,
-        eval_dataset=held_out,
-        processing_class=inputs.student.tokenizer,
-        run_info={"config": config.flat(), "consensus_backend": inputs.agreement.backend},
-    )
+    try:
+        return CompactTrainer(
+            inputs.student.model,
+            args,
+            inputs.train.rows,
+            eval_dataset=held_out,
+            processing_class=inputs.student.tokenizer,
+            run_info={"config": config.flat(), "consensus_backend": inputs.agreement.backend},
+        )
+    except (RuntimeError, ImportError) as error:
+        if "installed" not in str(error):
+            raise
+        # an experiment tracker, or an optimizer, that is a package of its own
+        raise ValueError(str(error)) from error
 
 
 def train(inputs: Inputs, say: Say, hear: Hear, *, resume: str | None) -> Outcome:
@@ -114,6 +128,8 @@ def train(inputs: Inputs, say: Say, hear: Hear, *, resume: str | None) -> Outcom
     trainer = make_trainer(inputs)
     main = trainer.is_world_process_zero()
     measure = Measurement(inputs, hear) if main else None
+    if measure:
+        say(f"Evaluate   {measure.description}")
     before = measure.before(folder) if measure else None
     if before:
         say("Before     " + headline(before))
@@ -151,6 +167,12 @@ class Measurement:
         self.questions = found[0] if found else None
         text = inputs.config.evaluation.forget_text
         self.text = read_text(text) if text else None
+        parts = [f"{len(found[0]):,} questions of {found[1]}"] if found else []
+        if inputs.held_out:
+            parts.append(f"rationales of {len(inputs.held_out):,} held-out questions")
+        if text:
+            parts.append(f"perplexity of {text}")
+        self.description = ", ".join(parts) or "nothing"
 
     @property
     def wanted(self) -> bool:

@@ -110,6 +110,23 @@ def test_unknown_backend(train):
     refused(train("--backend", "cuda"), "backend='cuda'", "torch")
 
 
+def test_what_transformers_refuses_gains_the_key(train):
+    refused(train("--lr-scheduler-type", "linaer"), "--lr-scheduler-type: linaer is not a valid")
+    refused(train("--optim", "adamx"), "--optim: adamx is not a valid")
+    refused(train("--deepspeed", "x.json"), "deepspeed='x.json'")
+    refused(train("--label-names", "x", "--report-to", "wandb"), "pip install wandb")
+
+
+def test_check_reads_what_would_be_evaluated(go, tiny_student, rationales, tmp_path):
+    words = ("check", "--student", tiny_student, "--data", rationales, "--forget-text")
+    refused(go(*words, tmp_path / "none.txt"), "none.txt")
+    (tmp_path / "text.txt").write_text("some text to remember")
+    code, out, err = go(*words, tmp_path / "text.txt", "--eval-data", rationales)
+    assert code == 0, err
+    assert "Evaluate   6 questions of" in out
+    assert "perplexity of" in out
+
+
 def test_too_short_for_any_rationale(train):
     refused(train("--max-length", "4"), "max_length")
 
