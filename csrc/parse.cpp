@@ -72,6 +72,26 @@ std::size_t skip_line_start(std::string_view t, std::size_t at) {
   return at;
 }
 
+// Hashes are spread evenly: deal them out by their top byte, then straighten what is nearly sorted.
+void sort_hashes(const std::vector<std::uint64_t>& hashes, std::vector<std::uint64_t>& out) {
+  out.resize(hashes.size());
+  if (hashes.size() > 4096) {
+    out = hashes;
+    std::sort(out.begin(), out.end());
+    return;
+  }
+  std::uint16_t place[257] = {};
+  for (std::uint64_t h : hashes) ++place[(h >> 56) + 1];
+  for (int b = 0; b < 256; ++b) place[b + 1] = static_cast<std::uint16_t>(place[b + 1] + place[b]);
+  for (std::uint64_t h : hashes) out[place[h >> 56]++] = h;
+  for (std::size_t i = 1; i < out.size(); ++i) {
+    const std::uint64_t h = out[i];
+    std::size_t j = i;
+    for (; j > 0 && out[j - 1] > h; --j) out[j] = out[j - 1];
+    out[j] = h;
+  }
+}
+
 // Does "-" or "-$" stand right before `at`?
 bool signed_at(std::string_view t, std::size_t at) {
   if (at > 1 && t[at - 1] == '$') --at;
@@ -341,7 +361,7 @@ bool Parser::run(std::string_view text) {
         continue;
       }
     }
-    if (t.compare(at, 4, "####") == 0 || (asked && (c == ':' || c == '='))) {
+    if ((c == '#' && t.compare(at, 4, "####") == 0) || (asked && (c == ':' || c == '='))) {
       at += c == '#' ? 4 : 1;
       begin_answer();
       asked = false;
@@ -462,9 +482,9 @@ bool Parser::parse(std::string_view text, StepGraphs& g) {
   if (answer_kind_ == kNoAnswer) imply_answer();
   g.answer.push_back(answer_key_);
   g.answer_kind.push_back(answer_kind_);
-  std::sort(shingles_.begin(), shingles_.end());
-  shingles_.erase(std::unique(shingles_.begin(), shingles_.end()), shingles_.end());
-  g.shingles.insert(g.shingles.end(), shingles_.begin(), shingles_.end());
+  sort_hashes(shingles_, sorted_);
+  g.shingles.insert(g.shingles.end(), sorted_.begin(),
+                    std::unique(sorted_.begin(), sorted_.end()));
   g.cu_nodes.push_back(static_cast<std::int64_t>(g.nodes()));
   g.cu_edges.push_back(static_cast<std::int64_t>(g.edge_source.size()));
   g.cu_shingles.push_back(static_cast<std::int64_t>(g.shingles.size()));

@@ -73,7 +73,7 @@ class Parser {
   std::vector<std::int32_t> sources_;
   std::uint64_t window_[3] = {0, 0, 0};
   int window_size_ = 0;
-  std::vector<std::uint64_t> shingles_;
+  std::vector<std::uint64_t> shingles_, sorted_;
 };
 
 }  // namespace compact

@@ -1,0 +1,70 @@
+"""Parser and whole consensus on real texts, native against the Python twin, one thread.
+
+    python bench/matching/bench_parser.py [--data FOLDER]
+
+Rationales and questions per second of processor time, best of five passes (the twin: one pass over
+400 rationales). Writes bench/results/consensus_parser.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from compact_fast.graphs import consensus, parse_rationales
+
+ROOT = Path(__file__).parents[2]
+FILES = (
+    "gsm8k_test_openai", "gsm8k_train_eit", "svamp_train_fair", "math_train_eit",
+    "strategyqa_train_eit", "obqa_train_eit_tinyllm",
+)  # fmt: skip
+
+
+def seconds(work: Callable[[], object], passes: int) -> float:
+    best = float("inf")
+    for _ in range(passes):
+        start = time.process_time()
+        work()
+        best = min(best, time.process_time() - start)
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    default = os.environ.get("COMPACT_FAST_DATA", ROOT.parent / "shared" / "data")
+    parser.add_argument("--data", type=Path, default=Path(default))
+    arguments = parser.parse_args()
+    lines = []
+    for name in FILES:
+        rows = [json.loads(x) for x in (arguments.data / f"{name}.jsonl").read_text().splitlines()]
+        texts = [r["text"] for row in rows for r in row["rationales"]]
+        cu = np.cumsum([0] + [len(row["rationales"]) for row in rows])
+        native = seconds(partial(parse_rationales, texts, backend="native", threads=1), 5)
+        twin = seconds(partial(parse_rationales, texts[:400], backend="rustworkx"), 1)
+        whole = seconds(partial(consensus, texts, cu, backend="native", threads=1), 5)
+        lines.append(
+            {
+                "file": name,
+                "mean_characters": round(np.mean([len(t) for t in texts])),
+                "rationales_per_second": round(len(texts) / native),
+                "rationales_per_second_python": round(400 / twin),
+                "questions_per_second": round(len(rows) / whole),
+            }
+        )
+        print(*lines[-1].values())
+    with (ROOT / "bench/results/consensus_parser.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+if __name__ == "__main__":
+    main()
