@@ -9,11 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from compact_fast.graphs.native import load_native
-
-HAS_NATIVE = not isinstance(load_native(), str)
-needs_native = pytest.mark.skipif(not HAS_NATIVE, reason="the native module is not built")
+from graph_support import HAS_NATIVE
 
 
 @pytest.fixture(params=["native", "rustworkx"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import needs_native
+from graph_support import needs_native
 
 from compact_fast.graphs import (
     GraphOptions,

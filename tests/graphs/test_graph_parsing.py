@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import needs_native
+from graph_support import needs_native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import needs_native
+from graph_support import needs_native
 
 from compact_fast.graphs import GraphOptions, consensus, explain
 from compact_fast.graphs.stream import (
