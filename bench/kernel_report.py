@@ -267,7 +267,6 @@ class Row:
 
     case: Case
     compiled: Compiled
-    seconds: float  # to compile
 
     @property
     def model_us(self) -> float:
@@ -283,19 +282,21 @@ def compile_cases(arch: str, *, quick: bool = False) -> list[Row]:
     for case in cases(arch):
         if quick and not case.quick:
             continue
-        start = time.perf_counter()
         with compiling(arch) as found:
             case.launch()
-        seconds = time.perf_counter() - start
-        rows += [Row(case, compiled, seconds) for compiled in found]
+        rows += [Row(case, compiled) for compiled in found]
     return rows
 
 
 COLUMNS = (
     "arch", "kernel", "variant", "registers", "spills", "shared_bytes", "shared_limit",
     "instructions", "bytes_per_token", "flops_per_token", "model_us_per_4096_rows", "warps",
-    "stages", "compile_seconds",
+    "stages",
 )  # fmt: skip
+
+
+def _figure(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def record(row: Row) -> dict[str, object]:
@@ -307,8 +308,8 @@ def record(row: Row) -> dict[str, object]:
                 c.arch, c.kernel.removesuffix("_kernel"), row.case.variant, c.registers, c.spills,
                 c.shared_bytes, c.shared_limit,
                 " ".join(f"{n}:{count}" for n, count in c.instructions.items()),
-                f"{row.case.bytes:.0f}", f"{row.case.flops:.0f}", f"{row.model_us:.1f}",
-                c.num_warps, c.num_stages, f"{row.seconds:.1f}",
+                _figure(row.case.bytes), _figure(row.case.flops), _figure(row.model_us),
+                c.num_warps, c.num_stages,
             ),
             strict=True,
         )
@@ -327,9 +328,9 @@ kernels compute the right numbers is tested in Triton's interpreter against floa
 - The logits GEMM uses the matrix units of each chip (HMMA, HGMMA, UTCHMMA, v_mfma) and, from sm_90
   on, bulk copies (UTMALDG, UTMASTG); its largest tile needs {largest} bytes of shared memory.
 - **Model, not measurement:** the time is max(FLOPs / peak, bytes / bandwidth) for {rows} rows of
-  Qwen2.5-1.5B's head (V = {vocab:,}, D = {width:,}) with the data sheets' numbers ({chips}); vector
-  work counts at a sixteenth of the matrix peak. A kernel cannot be faster; how much slower it is,
-  only a GPU can say.
+  Qwen2.5-1.5B's head (V = {vocab:,}, D = {width:,}) with the data sheets' numbers; vector work
+  counts at a sixteenth of the matrix peak. A kernel cannot be faster; how much slower it is, only
+  a GPU can say. {chips}.
 - One step with a frozen head is the GEMM, finish_rows twice and one library product of the same
   FLOPs; a trained head adds a second product. Nothing else passes over [rows, V].
 

@@ -152,6 +152,32 @@ def logits_exp_kernel(
 
 
 @triton.jit
+def _tma_tile(
+    x_desc, w_desc, e_desc, bias_ptr, targets_ptr, offset_ptr, total_ptr, dot_ptr, top_ptr,
+    tile_m, tile_n, n, V, D,
+    HAS_BIAS: tl.constexpr, STATISTICS: tl.constexpr, STORE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k0 in range(0, D, BLOCK_K):
+        x = x_desc.load([tile_m * BLOCK_M, k0])
+        w = w_desc.load([tile_n * BLOCK_N, k0])
+        acc = tl.dot(x, w.T, acc)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < n
+    target = tl.load(targets_ptr + rows, mask=inside, other=-1).to(tl.int32)
+    offset = tl.load(offset_ptr + rows, mask=inside, other=0.0)
+    e, total, dot, top = _exp_and_sums(
+        acc, tile_n * BLOCK_N, bias_ptr, target, offset, V, HAS_BIAS, STATISTICS, BLOCK_N
+    )
+    if STORE:
+        e_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N], e.to(e_desc.dtype))
+    _store_partials(
+        total, dot, top, tile_n, rows, inside, n, total_ptr, dot_ptr, top_ptr, STATISTICS
+    )
+
+
+@triton.jit
 def logits_exp_tma_kernel(
     x_desc,  # [n, D], blocks [BLOCK_M, BLOCK_K]
     w_desc,  # [V, D], blocks [BLOCK_N, BLOCK_K]
@@ -160,6 +186,7 @@ def logits_exp_tma_kernel(
     targets_ptr,
     offset_ptr,
     redo_ptr,
+    any_ptr,  # one uint8: whether any row must be redone
     total_ptr,
     dot_ptr,
     top_ptr,
@@ -178,29 +205,28 @@ def logits_exp_tma_kernel(
     """Hopper and newer: bulk copies by tensor descriptor, persistent programs."""
     num_m = tl.cdiv(n, BLOCK_M)
     num_n = tl.cdiv(V, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        tile_m, tile_n = _tile_of(tile, num_m, num_n, GROUP_M)
-        rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        inside = rows < n
-        wanted = 1
-        if REDO:
-            wanted = tl.max(tl.load(redo_ptr + rows, mask=inside, other=0).to(tl.int32), 0)
-        if wanted != 0:
-            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            for k0 in range(0, D, BLOCK_K):
-                x = x_desc.load([tile_m * BLOCK_M, k0])
-                w = w_desc.load([tile_n * BLOCK_N, k0])
-                acc = tl.dot(x, w.T, acc)
-            target = tl.load(targets_ptr + rows, mask=inside, other=-1).to(tl.int32)
-            offset = tl.load(offset_ptr + rows, mask=inside, other=0.0)
-            e, total, dot, top = _exp_and_sums(
-                acc, tile_n * BLOCK_N, bias_ptr, target, offset, V, HAS_BIAS, STATISTICS, BLOCK_N
-            )
-            if STORE:
-                e_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N], e.to(e_desc.dtype))
-            _store_partials(
-                total, dot, top, tile_n, rows, inside, n, total_ptr, dot_ptr, top_ptr, STATISTICS
-            )
+    tiles = num_m * num_n
+    if REDO:
+        tiles = tl.where(tl.load(any_ptr) != 0, tiles, 0)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+            tile_m, tile_n = _tile_of(tile, num_m, num_n, GROUP_M)
+            rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+            flags = tl.load(redo_ptr + rows, mask=rows < n, other=0)
+            if tl.max(flags.to(tl.int32), 0) != 0:
+                _tma_tile(
+                    x_desc, w_desc, e_desc, bias_ptr, targets_ptr, offset_ptr, total_ptr,
+                    dot_ptr, top_ptr, tile_m, tile_n, n, V, D, HAS_BIAS, STATISTICS, STORE,
+                    BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+    else:
+        # flattened: the next tile's copies are under way while this one's epilogue runs
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            tile_m, tile_n = _tile_of(tile, num_m, num_n, GROUP_M)
+            _tma_tile(
+                x_desc, w_desc, e_desc, bias_ptr, targets_ptr, offset_ptr, total_ptr,
+                dot_ptr, top_ptr, tile_m, tile_n, n, V, D, HAS_BIAS, STATISTICS, STORE,
+                BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
 
 
 def padded_width(vocab: int) -> int:
@@ -245,10 +271,8 @@ def logits_exp(
         **FUSED,
     }
     out = x if exps is None else exps
-    shared = (
-        weight if bias is None else bias, targets, offset, targets if redo is None else redo,
-        *partials, n, V, D,
-    )  # fmt: skip
+    rows = (weight if bias is None else bias, targets, offset, targets if redo is None else redo)
+    sums = (*partials, n, V, D)
     tiles = triton.cdiv(n, config.block_m) * triton.cdiv(V, config.block_n)
     if config.tma:
         assert can_describe(x, weight, out)
@@ -258,12 +282,14 @@ def logits_exp(
             TensorDescriptor.from_tensor(x, [blocks_m, blocks_k]),
             TensorDescriptor.from_tensor(weight, [blocks_n, blocks_k]),
             TensorDescriptor.from_tensor(out, [blocks_m, blocks_k if exps is None else blocks_n]),
-            *shared,
+            *rows,
+            targets if redo is None else redo.amax(),
+            *sums,
             **flags,
         )
         return
     logits_exp_kernel[(tiles,)](
-        x, weight, out, *shared, x.stride(0), weight.stride(0), out.stride(0),
+        x, weight, out, *rows, *sums, x.stride(0), weight.stride(0), out.stride(0),
         EVEN_K=D % config.block_k == 0,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         **flags,
