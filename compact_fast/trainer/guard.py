@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ class NonFiniteGuard:
 
     def add(self, out: CompactOutput, layout: TokenLayout, ids: list[str]) -> None:
         """Remember one micro-batch; nothing is read from the device yet."""
-        self._pending.append((out, layout, ids))
+        # Without the graph: it holds the gradients of the hidden states and of the head.
+        self._pending.append((replace(out, loss=out.loss.detach()), layout, ids))
 
     def check(
         self, step: int, grad_norm: float | Tensor, total: Callable[[Tensor], Tensor]

@@ -112,7 +112,8 @@ class CompactTrainer(CheckpointedTrainer):
             }
         )
         self.add_callback(self.files)
-        self.add_callback(ProgressDisplay(args.progress, args.teachers))
+        self._display = ProgressDisplay(args.progress, args.teachers)
+        self.add_callback(self._display)
         for note in self.notes:
             logger.warning(note)
 
@@ -133,6 +134,11 @@ class CompactTrainer(CheckpointedTrainer):
             )
         if mi_is_used(config) and not first["gold_ids"]:
             raise ValueError(f"mi={config.mi!r} needs gold answers in the rows (gold_ids)")
+        if isinstance(config.weighting, tuple) and len(config.weighting) != len(args.teachers):
+            raise ValueError(
+                f"weighting={config.weighting}: {len(config.weighting)} fixed weights for "
+                f"{len(args.teachers)} teachers"
+            )
         if config.weighting != "correct":
             return rows
         correct = rows["correct"] if hasattr(rows, "select") else [r["correct"] for r in rows]
@@ -251,6 +257,7 @@ class CompactTrainer(CheckpointedTrainer):
         try:
             result = super().train(*args, **kwargs)
         except BaseException as error:
+            self._display.close()
             if self.is_world_process_zero():
                 self.files.stopped(self.state.global_step, error)
             raise

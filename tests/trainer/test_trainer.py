@@ -383,6 +383,14 @@ def test_a_gradient_alone_can_stop_the_run(tmp_path: Path) -> None:
     assert torch.equal(weight, before)
 
 
+def test_waiting_for_the_update_keeps_no_gradients(tmp_path: Path) -> None:
+    """What is kept of a step's micro-batches must not hold their graphs, and gradients in them."""
+    trainer = make_trainer(tmp_path)
+    trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    [(kept, _, _)] = trainer._guard._pending
+    assert kept.loss.grad_fn is None
+
+
 def test_a_step_of_which_nothing_is_left_stops_the_run(tmp_path: Path) -> None:
     """No loss and no gradient is non-finite when every question is skipped; it is useless."""
     rows = make_rows(4)
@@ -444,7 +452,9 @@ def test_a_log_row_is_the_mean_over_all_its_micro_batches(tmp_path: Path) -> Non
     assert row["weight/wrong"] == pytest.approx(float(every("weights")[correct == 0].mean()))
     entropy = -torch.special.xlogy(every("weights"), every("weights")).sum() / 12
     assert row["weight_entropy"] == pytest.approx(float(entropy), rel=1e-6)
-    assert row["loss"] == pytest.approx(sum(float(out.loss) for out, _ in outputs) / 3, rel=1e-6)
+    assert row["loss"] == pytest.approx(
+        sum(float(out.loss.detach()) for out, _ in outputs) / 3, rel=1e-6
+    )
     assert row["loss"] == pytest.approx(row["loss_sft"] + row["loss_consistency"], rel=1e-5)
     assert row["loss_consistency"] > 0
     assert row["tokens_per_second"] > 0
@@ -612,6 +622,8 @@ def test_rows_and_configuration_must_go_together(tmp_path: Path) -> None:
         make_trainer(tmp_path, make_student(), rows)
     make_trainer(tmp_path, make_student(), rows, config=CompactConfig(weighting="uniform"))
     make_trainer(tmp_path, make_student(), rows, config=CompactConfig(mode="paper"))
+    with pytest.raises(ValueError, match="2 fixed weights for 3 teachers"):
+        make_trainer(tmp_path, config=CompactConfig(weighting=(1.0, 2.0)))
     with pytest.raises(ValueError, match="train_dataset holds no question"):
         make_trainer(tmp_path, make_student(), [])
     with pytest.raises(ValueError, match=r"teachers=\[\]"):
