@@ -88,7 +88,21 @@ class CompactTrainingArguments(TrainingArguments):
         if self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_nll"
             self.greater_is_better = False
+        self._check_trackers()
         super().__post_init__()  # type: ignore[no-untyped-call]
+
+    def _check_trackers(self) -> None:
+        from transformers import integrations
+
+        wanted = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        available: Any = integrations.get_available_reporting_integrations
+        known = available()
+        for name in wanted:
+            if name not in (*known, "all", "none"):
+                raise ValueError(
+                    f"report_to={name!r}: unknown, or its package is not installed; there is "
+                    f"{', '.join(known) or 'none'}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]

@@ -604,6 +604,10 @@ def test_rows_of_a_dataset_train_as_a_list_does(tmp_path: Path) -> None:
         ),
         ({"remove_unused_columns": True}, "remove_unused_columns=True"),
         ({"progress": "dots"}, "progress='dots': expected auto, bar, lines or none"),
+        (
+            {"report_to": ["no-such-tracker"]},
+            "report_to='no-such-tracker': unknown, or its package",
+        ),
         ({"backend": "cuda-magic"}, "backend='cuda-magic'"),
     ],
 )
