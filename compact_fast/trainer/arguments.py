@@ -92,10 +92,10 @@ class CompactTrainingArguments(TrainingArguments):
         super().__post_init__()  # type: ignore[no-untyped-call]
 
     def _check_trackers(self) -> None:
-        from transformers import integrations
+        from transformers.integrations import integration_utils
 
         wanted = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
-        available: Any = integrations.get_available_reporting_integrations
+        available: Any = integration_utils.get_available_reporting_integrations
         known = available()
         for name in wanted:
             if name not in (*known, "all", "none"):
