@@ -16,8 +16,8 @@ from compact_fast.run_config import RunConfig
 from compact_fast.students import body_and_head, causal_model
 from compact_fast.trainer.packing import is_cheaper, refusal
 
-# Logits the torch backend holds at once, with their gradient rows beside them.
-LOSS_CHUNK_BYTES = 2 * (40 << 20)
+# Logits the torch backend holds at once, and what it makes of them (bench/loss_memory.py).
+LOSS_CHUNK_BYTES = 3 * (40 << 20)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,9 @@ def activation_bytes_per_token(config: RunConfig, model: Any) -> int:
     if not config.lora.lora:
         layer += (4 * width + inner) * size
     elif config.lora.lora_dropout > 0:
-        layer += (6 * width + inner) * (size + 1)
+        # the CPU keeps the mask as numbers of the weights' own size
+        mask = 1 if torch.cuda.is_available() else size
+        layer += (6 * width + inner) * (size + mask)
     else:
         layer += (2 * width + inner) * size
     layers = shape.num_hidden_layers
