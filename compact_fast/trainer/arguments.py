@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -77,6 +78,11 @@ class CompactTrainingArguments(TrainingArguments):
             raise ValueError("remove_unused_columns=True: every column of the rows is used")
         if not self.teachers:
             raise ValueError("teachers=[]: name the teachers that the rows' teacher_ids index")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            # Unless told so, the host takes processes without a GPU for runs of their own.
+            self.use_cpu = True
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # a language model's loss uses all of them
         gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
             self.bf16 = gpu and torch.cuda.is_bf16_supported()

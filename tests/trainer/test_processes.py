@@ -36,7 +36,12 @@ def _train(folder: Path, *, lora: bool, questions: int, poison: bool = False) ->
             weight = model.model.layers[0].mlp.up_proj
             weight.register_forward_hook(lambda m, a, out: out * torch.nan if m.training else out)
     trainer = make_trainer(
-        folder, model, make_rows(16), per_device_train_batch_size=questions, **SETTINGS
+        folder,
+        model,
+        make_rows(16),
+        per_device_train_batch_size=questions,
+        use_cpu=False,  # as a user would, who has no GPU and says nothing
+        **SETTINGS,
     )
     trainer.train()
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
@@ -87,6 +92,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         {k: v for k, v in json.loads(line).items() if not any(word in k for word in timed)}
         for line in lines
     ]
+
+
+pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="is about CPUs")
 
 
 @pytest.mark.parametrize("lora", [False, True])
