@@ -104,7 +104,7 @@ def make_config() -> LlamaConfig:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,  # else words never written drift away before they are read
         bos_token_id=None,
         eos_token_id=SPECIAL.index(END),
         pad_token_id=SPECIAL.index(PAD),

@@ -9,7 +9,7 @@ from compact_fast.arithmetic.steps import Operator
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
 
 COMMON_EVENTS: dict[Operator, str] = {
-    "+": "{a} gets {n} more {x}",
+    "+": "{a} gets {n} {x}",
     "-": "{a} loses {n} {x}",
     "*": "{a} gets {n} times as many {x}",
     "/": "{a} makes {n} equal parts and keeps one part",

@@ -123,11 +123,7 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
     config = make_config()
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
-    weights = {
-        name: tensor.detach().to(torch.float16).contiguous()
-        for name, tensor in model.state_dict().items()
-        if name != "lm_head.weight"  # tied to the embeddings
-    }
+    weights = {n: t.detach().to(torch.float16) for n, t in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
