@@ -31,7 +31,7 @@ def _coefficients(alpha, length, member, place, j, alpha_ptr, length_ptr, floor)
     return tl.where(keep, product / tl.maximum(aligned, 1).to(tl.float32), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def consistency_kernel(
     z_ptr,  # [B * K, V] float32, row stride stride_z
     g_ptr,  # [B * K, V], row stride stride_g

@@ -18,7 +18,7 @@ from torch import Tensor
 from .launch import UNFUSED, next_power_of_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "first_sequence"])
 def row_factors_kernel(
     weights_ptr,  # [S] float32
     labels_ptr,  # [S] int64: label counts

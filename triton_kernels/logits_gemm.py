@@ -81,7 +81,7 @@ def _store_partials(
         tl.store(dot_ptr + where, dot, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def logits_exp_kernel(
     x_ptr,  # [n, D]
     w_ptr,  # [V, D]
@@ -177,7 +177,7 @@ def _tma_tile(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def logits_exp_tma_kernel(
     x_desc,  # [n, D], blocks [BLOCK_M, BLOCK_K]
     w_desc,  # [V, D], blocks [BLOCK_N, BLOCK_K]

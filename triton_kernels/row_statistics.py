@@ -135,7 +135,7 @@ def row_dot_ref(
     return torch.where(index >= 0, out, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def finish_rows_kernel(
     total_ptr,  # [tiles, n]; so are dot and top
     dot_ptr,

@@ -192,7 +192,7 @@ def _z_scores(v, use, floor):
     return centred / (tl.maximum(tl.sqrt(variance), floor) + STD_FLOOR)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_sequence"])
 def teacher_weights_kernel(
     mi_ptr,  # [S] float32
     nll_ptr,  # [S] float32

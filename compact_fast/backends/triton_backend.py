@@ -80,14 +80,14 @@ class TritonBackend:
         """See CompactBackend. The layout may also lie on the CPU: then nothing waits for the
         device."""
         from compact_fast.backends.triton_pass import TritonPass
-        from compact_fast.backends.triton_plan import make_plan
+        from compact_fast.backends.triton_plan import host_copy, make_plan
         from compact_fast.backends.triton_rows import DeviceHead
 
         head = DeviceHead.of(self, hidden, weight, bias)
         work = TritonPass(
             head=head,
             layout=layout.to(hidden.device, non_blocking=True),
-            plan=make_plan(layout.to("cpu"), config, hidden.device, head.max_rows),
+            plan=make_plan(host_copy(layout), config, hidden.device, head.max_rows),
             consensus=consensus,
             attention=attention,
             config=config,

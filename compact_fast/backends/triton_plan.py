@@ -51,6 +51,16 @@ class ConsistencyPlan:
     tokens: Tensor  # [Q] int64; aligned tokens of each question
 
 
+def host_copy(layout: TokenLayout) -> TokenLayout:
+    """What the plan needs of a layout, on the CPU; a layout that is there already is not copied."""
+    if layout.device.type == "cpu":
+        return layout
+    kept = ("targets", "cu_seqlens", "cu_teachers", "assistant", "real", "gold_ids", "cu_gold")
+    fields = layout.tensors()
+    wanted = {name: fields[name] for name in (*kept, "answer_spans") if name in fields}
+    return TokenLayout(**{name: value.to("cpu") for name, value in wanted.items()})
+
+
 def make_plan(
     host: TokenLayout, config: CompactConfig, device: torch.device, max_rows: int
 ) -> Plan:
