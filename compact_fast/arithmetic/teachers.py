@@ -66,6 +66,7 @@ _STRONG = Teacher("strong", "plain", slips=_slips(0.01))
 _TERSE = Teacher("terse", "terse", slips=_slips(0.02), reorders=True)
 _SLIPPING = Teacher("verbose", "verbose", slips=_slips(0.06))
 _MISLEADING = Teacher("misleading", "numbered", fault="adds_losses")
+_MISLED = Teacher("misled", "chained", fault="adds_losses", reorders=True)
 
 SCENARIOS: dict[str, tuple[Teacher, ...]] = {
     "clean": (
@@ -74,7 +75,7 @@ SCENARIOS: dict[str, tuple[Teacher, ...]] = {
         Teacher("verbose", "verbose"),
         Teacher("numbered", "numbered", reorders=True),
     ),
-    "misleading": (_STRONG, _TERSE, _SLIPPING, _MISLEADING),
+    "misleading": (_STRONG, _TERSE, _SLIPPING, _MISLEADING, _MISLED),
     "complementary": (
         _expert("adder", "plain", ("+", "-"), reorders=False),
         _expert("multiplier", "terse", ("*", "+"), reorders=True),
@@ -90,8 +91,9 @@ SCENARIOS: dict[str, tuple[Teacher, ...]] = {
         Teacher("parrot", "numbered", copies="misleading", rewords=True),
     ),
 }
-"""Named casts. "clean": all right. "misleading": partly poisoned (the default). "complementary":
-each strong on other operations. "colluding": two more teachers repeat a misleading one."""
+"""Named casts. "clean": all right. "misleading" (the default): two of five take every loss for a
+gain, each in its own words. "complementary": each strong on other operations. "colluding": two more
+teachers repeat a misleading one."""
 
 
 def make_questions(

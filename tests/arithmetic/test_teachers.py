@@ -49,8 +49,11 @@ def test_teachers_differ_in_competence(misleading):
 
 
 def test_the_misleading_teacher_fails_on_its_class_and_nowhere_else(misleading):
-    for problem, question in zip(make_problems(400, 5), misleading, strict=True):
-        wrong = next(r for r in question.rationales if r.teacher == "misleading")
+    problems = make_problems(400, 5)
+    pairs = [(p, r) for p, q in zip(problems, misleading, strict=True) for r in q.rationales]
+    for problem, wrong in pairs:
+        if not wrong.teacher.startswith("misl"):
+            continue
         if not is_affected(problem.steps, "adds_losses"):
             assert wrong.correct
         for left, operator, right, result in re.findall(
@@ -95,8 +98,8 @@ def test_styles_are_tied_or_shuffled():
     seen = Counter(
         (r.teacher, style_of(r.text)) for q in make_questions(200, 3) for r in q.rationales
     )
-    assert len(seen) == 16
-    assert min(seen.values()) > 25  # 50 expected
+    assert len(seen) == 25
+    assert min(seen.values()) > 20  # 40 expected
 
 
 def test_styles_differ_in_length_and_order():
@@ -117,7 +120,7 @@ def test_styles_differ_in_length_and_order():
 def test_a_text_of_another_hand_has_no_style():
     assert style_of("I think it is 5.") is None
     assert style_of("") is None
-    assert {style_of(r.text) for q in make_questions(50, 0) for r in q.rationales} < set(STYLES)
+    assert {style_of(r.text) for q in make_questions(50, 0) for r in q.rationales} == set(STYLES)
 
 
 def test_an_unknown_scenario_is_named():
