@@ -6,11 +6,16 @@ For the aligned tokens r of teachers i, j with log-probabilities a_i = log p_i:
     dD_ij/dz_i  = [p_i (a_i - a_j - KL(p_i || p_j)) + p_i - p_j] / n_ij
 
 so with coefficients c_ij, all pairs of a question come from three products with the K x K matrix.
+
+Answer spans are a few rows of the pass over the logits: `AnswerRows` keeps those logits as they
+are made. consistency="all" compares whole sequences: `add_consistency` makes their logits again,
+some aligned tokens at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,52 +29,133 @@ from compact_fast.reference import consistency_spans
 AddGradient = Callable[[Head, Tensor, Tensor, Tensor, Tensor], None]
 
 
+@dataclass(frozen=True)
+class Spans:
+    """What consistency compares, on the host: a stretch of each sequence, by question."""
+
+    starts: list[int]  # [S] packed positions
+    lengths: list[int]  # [S]; 0: nothing to compare
+    teachers: list[int]  # [Q+1]
+
+    @classmethod
+    def of(cls, layout: TokenLayout, config: CompactConfig) -> Spans | None:
+        """None where the term is off."""
+        if config.consistency == "off":
+            return None
+        return cls(*consistency_spans(layout, config), layout.cu_teachers.tolist())
+
+    def members(self, q: int, alpha: Sequence[float]) -> list[int]:
+        """Sequences of question q that can be compared; weight 0 cannot, it may be NaN."""
+        sequences = range(self.teachers[q], self.teachers[q + 1])
+        return [s for s in sequences if self.lengths[s] > 0 and alpha[s] > 0]
+
+    def positions(self, q: int) -> list[int]:
+        """Packed positions of question q's stretches, as far as any two are aligned."""
+        sequences = range(self.teachers[q], self.teachers[q + 1])
+        longest = sorted(self.lengths[s] for s in sequences)[-2:]
+        n = longest[0] if len(longest) == 2 else 0
+        return [
+            p
+            for s in sequences
+            for p in range(self.starts[s], self.starts[s] + min(n, self.lengths[s]))
+        ]
+
+
+@dataclass
+class AnswerRows:
+    """Logits of some questions' answer spans."""
+
+    spans: Spans
+    rows: Tensor  # [A]; rising packed positions
+    logits: Tensor  # [A, V]
+
+    @classmethod
+    def of(
+        cls, spans: Spans | None, questions: range, rows: Tensor, head: Head, limit: int
+    ) -> AnswerRows | None:
+        """None where there is nothing to compare, or more than `limit` bytes of it, or a span
+        that lies outside of `rows`, the rising positions with a label."""
+        if spans is None:
+            return None
+        wanted = [p for q in questions for p in spans.positions(q)]
+        if not wanted or len(wanted) * head.row_bytes > limit:
+            return None
+        at = torch.tensor(sorted(wanted), device=rows.device)
+        if not bool(torch.isin(at, rows).all()):
+            return None
+        return cls(spans, at, head.weight.new_empty((at.numel(), head.vocab), dtype=head.dtype))
+
+    def keep(self, rows: Tensor, logits: Tensor) -> None:
+        """Copy what belongs here out of a chunk with these rising positions."""
+        if rows.numel():
+            ends = torch.stack([rows[0], rows[-1] + 1])
+            low, high = torch.searchsorted(self.rows, ends).tolist()
+            at = torch.searchsorted(rows, self.rows[low:high])
+            self.logits[low:high] = logits[at]
+
+    def pull(
+        self, q: int, alpha: Sequence[float], floor: float
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(value, positions [n], gradient of their logits [n, V]) of question q's term."""
+        found = _aligned(self.spans, q, alpha, floor, self.logits)
+        if found is None:
+            return None
+        at, inside, coefficients = found
+        logits = self.logits[torch.searchsorted(self.rows, at)]  # [R, K, V]
+        value, gradient = _block(logits, coefficients)
+        return value, at[inside], gradient[inside]
+
+
 def add_consistency(
     head: Head,
     hidden: Tensor,  # [T, D]
-    layout: TokenLayout,
-    alpha: Tensor,  # [S]
+    spans: Spans,
+    alpha: Sequence[float],
     config: CompactConfig,
+    questions: Sequence[int],
     add_gradient: AddGradient,
-) -> Tensor:
-    """sum_{i<j} alpha_i alpha_j D_ij of each question, [Q]; lambda times its gradient is added."""
-    out = alpha.new_zeros(layout.num_questions)
-    if config.consistency == "off":
-        return out
-    starts, lengths = consistency_spans(layout, config)
-    bounds = layout.cu_teachers.tolist()
-    weights = alpha.tolist()
-    for q in range(layout.num_questions):
-        members = [s for s in range(bounds[q], bounds[q + 1]) if lengths[s] > 0 and weights[s] > 0]
-        pairs = _pair_coefficients(
-            alpha.new_tensor([weights[s] for s in members]),
-            torch.tensor([lengths[s] for s in members], device=alpha.device),
-            config.pair_floor,
-        )
-        if len(members) < 2 or not bool((pairs > 0).any()):
+    out: Tensor,  # [Q]
+) -> None:
+    """Write sum_{i<j} alpha_i alpha_j D_ij of these questions to `out`, add lambda times its
+    gradient; logits are made for it."""
+    for q in questions:
+        found = _aligned(spans, q, alpha, config.pair_floor, out)
+        if found is None:
             continue
-        first = torch.tensor([starts[s] for s in members], device=alpha.device)
-        n = torch.tensor([lengths[s] for s in members], device=alpha.device)
-        longest = int(n.sort().values[-2])  # beyond the second longest span nothing is aligned
-        step = max(1, head.max_rows // len(members))
-        for r in range(0, longest, step):
-            index = torch.arange(r, min(r + step, longest), device=alpha.device)  # [R]
-            inside = index[:, None] < n[None, :]  # [R, K]
-            at = torch.where(inside, first + index[:, None], first)  # [R, K]
-            rows = at.reshape(-1)
-            logits = head.logits(hidden[rows]).view(*at.shape, head.vocab)
-            coefficients = pairs * (inside[:, :, None] & inside[:, None, :])  # [R, K, K]
-            value, grad = _block(logits, coefficients)
+        aligned, within, pairs = found
+        step = max(1, head.max_rows // aligned.shape[1])
+        for r in range(0, aligned.shape[0], step):
+            block = slice(r, r + step)
+            at, inside = aligned[block], within[block]
+            logits = head.logits(hidden[at.reshape(-1)]).view(*at.shape, head.vocab)
+            value, gradient = _block(logits, pairs[block])
             out[q] += value
-            keep = inside.reshape(-1)
-            add_gradient(
-                head,
-                rows[keep],
-                hidden[rows[keep]],
-                grad.view(-1, head.vocab)[keep],
-                grad.new_full((int(keep.sum()),), config.consistency_weight),
-            )
-    return out
+            rows = at[inside]
+            scale = gradient.new_full(rows.shape, config.consistency_weight)
+            add_gradient(head, rows, hidden[rows], gradient[inside], scale)
+
+
+def _aligned(
+    spans: Spans, q: int, alpha: Sequence[float], floor: float, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Positions [R, K], whether they lie inside their stretch [R, K], coefficients [R, K, K].
+
+    None if no pair of question q has anything aligned and weight enough.
+    """
+    members = spans.members(q, alpha)
+    if len(members) < 2:
+        return None
+    device = like.device
+    lengths = torch.tensor([spans.lengths[s] for s in members], device=device)
+    pairs = _pair_coefficients(like.new_tensor([alpha[s] for s in members]), lengths, floor)
+    if not bool((pairs > 0).any()):
+        return None
+    first = torch.tensor([spans.starts[s] for s in members], device=device)
+    longest = int(lengths.sort().values[-2])  # beyond the second longest nothing is aligned
+    index = torch.arange(longest, device=device)[:, None]
+    inside = index < lengths
+    at = torch.where(inside, first + index, first)
+    return at, inside, pairs * (inside[:, :, None] & inside[:, None, :])
 
 
 def _pair_coefficients(alpha: Tensor, lengths: Tensor, floor: float) -> Tensor:

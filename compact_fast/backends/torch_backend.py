@@ -14,12 +14,12 @@ is held if it fits `hold_bytes`, else passed over twice, first for its scores.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from compact_fast.backends.consistency import add_consistency
+from compact_fast.backends.consistency import AnswerRows, Spans, add_consistency
 from compact_fast.backends.head import Head, Statistics, subtract_targets
 from compact_fast.backends.protocol import ABI, Gradients, LossResult, Needs, RunSpec
 from compact_fast.config import CompactConfig
@@ -34,7 +34,7 @@ from compact_fast.scores import (
     teacher_weights,
 )
 
-CHUNK_BYTES = 40 << 20  # logits held at once; 213 rows of a 49,152-word vocabulary in float32
+CHUNK_BYTES = 48 << 20  # logits held at once; 256 rows of a 49,152-word vocabulary in float32
 HOLD_BYTES = 160 << 20  # the same for one question that does not fit a chunk
 
 
@@ -160,6 +160,20 @@ class _Group:
 
 
 @dataclass
+class _Work:
+    """What the groups of one evaluation share."""
+
+    head: Head
+    hidden: Tensor  # [T, D]
+    stats: Statistics
+    gold_logit: Tensor | None  # [T]
+    grads: _GradientSums
+    spans: Spans | None
+    divergence: Tensor  # [Q]; consistency of each question
+    left_over: list[int] = field(default_factory=list)  # questions whose consistency comes last
+
+
+@dataclass
 class _Pass:
     """One evaluation of the loss."""
 
@@ -177,15 +191,19 @@ class _Pass:
         grads = _GradientSums.zeros(hidden, weight, bias, needs, head.dtype)
         stats = Statistics.empty(layout.num_tokens, head.dtype, layout.device, self.want_statistics)
         gold_logit = self._gold_logit(hidden, weight, head.dtype)
-        scored = [
-            self._run_group(group, head, hidden, stats, gold_logit, grads)
-            for group in self._groups(head)
-        ]
+        spans = Spans.of(layout, config)
+        divergence = torch.zeros(layout.num_questions, dtype=head.dtype, device=layout.device)
+        work = _Work(head, hidden, stats, gold_logit, grads, spans, divergence)
+        scored = [self._run_group(group, work) for group in self._groups(head)]
         mi = torch.cat([part[0] for part in scored])
         nll = torch.cat([part[1] for part in scored])
         shares = _join([part[2] for part in scored])
-        divergence = add_consistency(head, hidden, layout, shares.weights, config, grads.add)
         alpha = shares.weights
+        if spans is not None and work.left_over:
+            left_over = work.left_over
+            add_consistency(
+                head, hidden, spans, alpha.tolist(), config, left_over, grads.add, divergence
+            )
         normalizer = self.normalizer
         if normalizer is None:
             normalizer = max(1, int((~shares.skipped).sum()))
@@ -210,70 +228,106 @@ class _Pass:
             token_correct=stats.correct,
         )
 
-    def _run_group(
-        self,
-        group: _Group,
-        head: Head,
-        hidden: Tensor,
-        stats: Statistics,
-        gold_logit: Tensor | None,
-        grads: _GradientSums,
-    ) -> tuple[Tensor, Tensor, TeacherWeights]:
+    def _run_group(self, group: _Group, work: _Work) -> tuple[Tensor, Tensor, TeacherWeights]:
         """Scores of a group's sequences; its share of statistics and gradients is added."""
-        targets = self.layout.targets
-        n = group.rows.numel()
-        wanted = grads.hidden is not None or grads.head
-        hold = n <= head.max_rows or (
-            grads.head and wanted and n * head.row_bytes <= self.backend.hold_bytes
+        head, hidden, grads = work.head, work.hidden, work.grads
+        n, needs_gradient = group.rows.numel(), grads.hidden is not None or grads.head
+        questions = range(group.questions.start, group.questions.stop)
+        labelled = group.rows[self.layout.labelled[group.rows]]
+        answers = AnswerRows.of(
+            work.spans, questions, labelled, head, self.backend.chunk_bytes // 4
         )
-        if hold or not wanted:
-            exps = totals = None
-            for rows in torch.split(group.rows, n if hold and n else head.max_rows):
-                exps = head.logits(hidden[rows])
-                totals = stats.measure(exps, rows, targets[rows])
-            scores = self._score(group, stats, gold_logit)
-            if wanted and exps is not None and totals is not None:
-                self._add(group.rows, exps, totals, scores[2], group, head, hidden, grads)
-            return scores
-        if not grads.head:
-            assert grads.hidden is not None
-            for rows in torch.split(group.rows, head.max_rows):
-                exps = head.logits(hidden[rows])
-                totals = stats.measure(exps, rows, targets[rows])
-                subtract_targets(exps, totals, targets[rows])
+        if answers is None:
+            work.left_over.extend(questions)
+        hold = n <= head.max_rows or (
+            needs_gradient and grads.head and n * head.row_bytes <= self.backend.hold_bytes
+        )
+        unscaled = needs_gradient and not hold and not grads.head
+        exps = totals = hidden.new_empty(0)
+        for rows in torch.split(group.rows, n if hold and n else head.max_rows):
+            exps, totals = self._measure(rows, work, answers)
+            if unscaled:
+                assert grads.hidden is not None
+                subtract_targets(exps, totals, self.layout.targets[rows])
                 grads.hidden[rows] = head.back_to_rows(exps) / totals[:, None]
-            scores = self._score(group, stats, gold_logit)
-            scale = self._row_scale(group.rows, group, scores[2])[:, None]
-            rows_grad = grads.hidden[group.rows]
-            grads.hidden[group.rows] = torch.where(scale > 0, rows_grad * scale, 0.0)
+        scores = self._score(group, work.stats, work.gold_logit)
+        pulls = self._pull(answers, questions, scores[2], group, work.divergence)
+        if not needs_gradient:
             return scores
-        for rows in torch.split(group.rows, head.max_rows):
-            stats.measure(head.logits(hidden[rows]), rows, targets[rows])
-        scores = self._score(group, stats, gold_logit)
-        kept = group.rows[self._row_scale(group.rows, group, scores[2]) > 0]
-        for rows in torch.split(kept, head.max_rows):
-            exps = head.logits(hidden[rows])
-            totals = stats.measure(exps, rows, targets[rows])
-            self._add(rows, exps, totals, scores[2], group, head, hidden, grads)
+        scale = self._row_scale(group.rows, group, scores[2])
+        if hold:
+            self._add(group.rows, exps, totals, scale, work, pulls)
+            return scores
+        if unscaled:
+            assert grads.hidden is not None
+            scaled = grads.hidden[group.rows] * scale[:, None]
+            grads.hidden[group.rows] = torch.where(scale[:, None] > 0, scaled, 0.0)
+        else:  # a trained head and too many rows to hold: make the logits again
+            kept = scale > 0
+            rows_scale = zip(
+                torch.split(group.rows[kept], head.max_rows),
+                torch.split(scale[kept], head.max_rows),
+                strict=True,
+            )
+            for rows, part in rows_scale:
+                exps, totals = self._measure(rows, work, None)
+                self._add(rows, exps, totals, part, work, [])
+        for at, gradient in pulls:
+            factor = gradient.new_full(at.shape, self.config.consistency_weight)
+            grads.add(head, at, hidden[at], gradient, factor)
         return scores
+
+    def _measure(
+        self, rows: Tensor, work: _Work, answers: AnswerRows | None
+    ) -> tuple[Tensor, Tensor]:
+        """exp(logits - max) of some rows, in the head's buffer, and their sums."""
+        logits = work.head.logits(work.hidden[rows])
+        if answers is not None:
+            answers.keep(rows, logits)
+        return logits, work.stats.measure(logits, rows, self.layout.targets[rows])
+
+    def _pull(
+        self,
+        answers: AnswerRows | None,
+        questions: range,
+        shares: TeacherWeights,
+        group: _Group,
+        divergence: Tensor,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Consistency of the group: its values into `divergence`; (rows, logit gradients)."""
+        if answers is None:
+            return []
+        alpha = [0.0] * group.sequences.start + shares.weights.tolist()
+        pulls = []
+        for q in questions:
+            found = answers.pull(q, alpha, self.config.pair_floor)
+            if found is not None:
+                divergence[q] = found[0]
+                pulls.append(found[1:])
+        return pulls
 
     def _add(
         self,
         rows: Tensor,
         exps: Tensor,
         totals: Tensor,
-        shares: TeacherWeights,
-        group: _Group,
-        head: Head,
-        hidden: Tensor,
-        grads: _GradientSums,
+        scale: Tensor,
+        work: _Work,
+        pulls: list[tuple[Tensor, Tensor]],
     ) -> None:
-        """Add the gradients of rows whose exps and totals are at hand; weight 0 is left out."""
+        """Add the gradients of rows whose exps and totals are at hand; weight 0 is left out.
+
+        The pull on answer rows joins their logit gradients before the products, so it costs none.
+        """
         subtract_targets(exps, totals, self.layout.targets[rows])
-        scale = self._row_scale(rows, group, shares)
+        factor = scale / totals
+        for at, gradient in pulls:
+            where = torch.searchsorted(rows, at)
+            joined = gradient * (self.config.consistency_weight / factor[where])[:, None]
+            exps.index_add_(0, where, joined)
         for a, b in _runs(scale > 0):
             at = rows[a:b]
-            grads.add(head, at, hidden[at], exps[a:b], scale[a:b] / totals[a:b])
+            work.grads.add(work.head, at, work.hidden[at], exps[a:b], factor[a:b])
 
     def _row_scale(self, rows: Tensor, group: _Group, shares: TeacherWeights) -> Tensor:
         """alpha / |A| of each row's sequence; 0 where the row has no label."""
