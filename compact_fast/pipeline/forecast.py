@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from compact_fast.backends import Choice, RunSpec, choose
+from compact_fast.backends.torch_backend import CHUNK_BYTES
 from compact_fast.run_config import RunConfig
 from compact_fast.students import body_and_head, causal_model
 from compact_fast.trainer.packing import is_cheaper, refusal
 
 # Logits the torch backend holds at once, and what it makes of them (bench/loss_memory.py).
-LOSS_CHUNK_BYTES = 3 * (40 << 20)
+LOSS_CHUNK_BYTES = 3 * CHUNK_BYTES
 
 
 @dataclass(frozen=True)
