@@ -175,9 +175,10 @@ def _from_pretrained(where: str, spec: str, dtype: torch.dtype, **kwargs: Any) -
     if not Path(where).exists():
         kwargs["local_files_only"] = not _on_hub(spec)
     try:
+        # First the tokenizer: without the hub, the model would look for an adapter there, at length.
+        named = {k: v for k, v in kwargs.items() if k != "quantization_config"}
+        tokenizer = AutoTokenizer.from_pretrained(where, **named)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **kwargs)
-        kwargs.pop("quantization_config", None)
-        tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         if kwargs.get("local_files_only"):
             raise ValueError(
