@@ -175,7 +175,7 @@ def _from_pretrained(where: str, spec: str, dtype: torch.dtype, **kwargs: Any) -
     if not Path(where).exists():
         kwargs["local_files_only"] = not _on_hub(spec)
     try:
-        # First the tokenizer: without the hub, the model would look for an adapter there, at length.
+        # First the tokenizer: the model, without a hub, would ask it for an adapter time and again.
         named = {k: v for k, v in kwargs.items() if k != "quantization_config"}
         tokenizer = AutoTokenizer.from_pretrained(where, **named)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **kwargs)
