@@ -112,7 +112,10 @@ setup(
         "compact_fast.triton_kernels",
     ],
     package_dir={"compact_fast.triton_kernels": "triton_kernels"},
-    package_data={"": ["py.typed", "*.json", "*.html", "*.css", "*.yaml", "*.safetensors"]},
+    package_data={
+        "": ["py.typed", "*.json", "*.html", "*.css", "*.yaml"],
+        "compact_fast.arithmetic": ["checkpoint/*"],
+    },
     include_package_data=False,
     ext_modules=[Extension(NATIVE, sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},

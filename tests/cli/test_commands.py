@@ -33,7 +33,7 @@ def test_train_tells_its_story(trained):
     for word in ("Data", "Student", "Tokens", "Consensus", "Method", "Backend", "Steps"):
         assert any(line.startswith(word) for line in done.stdout.splitlines()), word
     assert "4 of 4 questions" in done.stdout
-    for teacher in ("strong", "terse", "verbose", "misleading"):
+    for teacher in ("strong", "terse", "verbose", "misleading", "misled"):
         assert done.stdout.count(f"\n  {teacher} ") == 2  # what it knows; what it weighed
         assert f"rationale NLL, {teacher}" in done.stdout
     assert str(folder / "model") in done.stdout
@@ -96,7 +96,13 @@ def test_eval_measures_a_trained_model(trained, command, tmp_path):
     after = json.loads((folder / "evaluation.json").read_text())["after"]
     assert found["exact_match"]["right"] == after["exact_match"]["right"]
     assert found["perplexity"]["perplexity"] > 1
-    assert set(found["rationale_nll"]["teachers"]) == {"strong", "terse", "verbose", "misleading"}
+    assert set(found["rationale_nll"]["teachers"]) == {
+        "strong",
+        "terse",
+        "verbose",
+        "misleading",
+        "misled",
+    }
     assert "text perplexity" in done.stdout
 
 

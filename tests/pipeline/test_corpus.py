@@ -43,7 +43,7 @@ def test_split_keeps_the_order_and_follows_the_seed():
 def test_the_world_is_read_without_a_file():
     corpus = read_corpus(config(data="arithmetic", world_questions=20, holdout=0.1))
     assert (len(corpus.train), len(corpus.held_out)) == (18, 2)
-    assert corpus.teachers == ["strong", "terse", "verbose", "misleading"]
+    assert corpus.teachers == ["strong", "terse", "verbose", "misleading", "misled"]
     assert "built-in world" in corpus.source
     limited = read_corpus(config(data="arithmetic", limit=5, holdout=0.0))
     assert len(limited.questions) == 5
@@ -69,7 +69,7 @@ def test_teachers_are_selected_and_ordered():
 
 
 def test_fixed_weights_must_fit_the_teachers():
-    with pytest.raises(ValueError, match=r"3 weights for 4 teachers \(strong, terse"):
+    with pytest.raises(ValueError, match=r"3 weights for 5 teachers \(strong, terse"):
         read_corpus(config(data="arithmetic", world_questions=5, weighting=[1, 2, 3]))
 
 
