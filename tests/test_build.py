@@ -81,7 +81,10 @@ def names_in(out: Path) -> list[str]:
 def check_packages(names: list[str]) -> None:
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"compact_fast"}
-    student = ("arithmetic/checkpoint/model.safetensors", "arithmetic/checkpoint/chat_template.jinja")
+    student = (
+        "arithmetic/checkpoint/model.safetensors",
+        "arithmetic/checkpoint/chat_template.jinja",
+    )
     for name in ("triton_kernels/__init__.py", "py.typed", "graphs/scoring.py", *student):
         assert f"compact_fast/{name}" in names
 
