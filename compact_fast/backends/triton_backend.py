@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,7 +95,8 @@ class TritonBackend:
             normalizer=normalizer,
             statistics=statistics,
         )
-        return work.run(hidden, weight, bias, needs)
+        with _device_of(hidden):
+            return work.run(hidden, weight, bias, needs)
 
     def token_logp(
         self,
@@ -109,9 +111,10 @@ class TritonBackend:
 
         head = DeviceHead.of(self, hidden, weight, bias)
         stats = TokenStatistics.empty(targets, statistics=statistics)
-        for rows in torch.split((targets >= 0).nonzero().squeeze(1), head.max_rows):
-            x, y = head.take(hidden, rows), targets[rows]
-            stats.record(rows, head.measure(x, y, keep=False, statistics=statistics)[1])
+        with _device_of(hidden):
+            for rows in torch.split((targets >= 0).nonzero().squeeze(1), head.max_rows):
+                x, y = head.take(hidden, rows), targets[rows]
+                stats.record(rows, head.measure(x, y, keep=False, statistics=statistics)[1])
         return stats.logp, stats.entropy, stats.correct
 
     def token_logp_gradients(
@@ -130,10 +133,16 @@ class TritonBackend:
         head = DeviceHead.of(self, hidden, weight, bias)
         grads = _GradientSums.zeros(hidden, weight, bias, needs, torch.float32)
         wanted = (targets >= 0) & (grad_logp != 0)
-        for rows in torch.split(wanted.nonzero().squeeze(1), head.max_rows):
-            x = head.take(hidden, rows)
-            exps, out = head.measure(x, targets[rows], keep=True, statistics=False)
-            assert exps is not None
-            factor = -grad_logp[rows].float() / out.total
-            head.add_gradients(grads, rows, x, exps, factor, add=False)
+        with _device_of(hidden):
+            for rows in torch.split(wanted.nonzero().squeeze(1), head.max_rows):
+                x = head.take(hidden, rows)
+                exps, out = head.measure(x, targets[rows], keep=True, statistics=False)
+                assert exps is not None
+                factor = -grad_logp[rows].float() / out.total
+                head.add_gradients(grads, rows, x, exps, factor, add=False)
         return grads.finish(1.0, hidden, weight, bias)
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever device the tensors are on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
