@@ -32,7 +32,7 @@ $(SETUP): $(VENV)/bin/python requirements/*.txt pyproject.toml setup.py CMakeLis
 	@touch $@
 
 demo: $(SETUP)
-	$(BIN)/compact-fast train recipes/arithmetic.yaml
+	$(BIN)/compact-fast train recipes/quickstart.yaml
 
 test: $(SETUP)
 	$(BIN)/python -m pytest
