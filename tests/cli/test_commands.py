@@ -54,7 +54,7 @@ def test_train_leaves_a_whole_run(trained):
     assert sum(weights) == pytest.approx(1, abs=1e-5)
     agreement = json.loads((folder / "agreement.json").read_text())
     assert agreement["teachers"] == info["teachers"]
-    assert [row[i] for i, row in enumerate(agreement["counts"])] == [40] * 4
+    assert [row[i] for i, row in enumerate(agreement["counts"])] == [40] * 5
     assert 0 < agreement["share_right"]["misleading"] < agreement["share_right"]["strong"]
     measured = json.loads((folder / "evaluation.json").read_text())
     assert measured["before"]["exact_match"]["questions"] == 8
@@ -74,7 +74,7 @@ def test_score_writes_a_row_a_rationale(command, tiny_student, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     table = pq.read_table(target).to_pylist()
-    assert len(table) == 160
+    assert len(table) == 200
     totals: dict[str, float] = {}
     for row in table:
         totals[row["id"]] = totals.get(row["id"], 0.0) + row["weight"]

@@ -114,7 +114,7 @@ def test_what_transformers_refuses_gains_the_key(train):
     refused(train("--lr-scheduler-type", "linaer"), "--lr-scheduler-type: linaer is not a valid")
     refused(train("--optim", "adamx"), "--optim: adamx is not a valid")
     refused(train("--deepspeed", "x.json"), "deepspeed='x.json'")
-    refused(train("--label-names", "x", "--report-to", "wandb"), "pip install wandb")
+    refused(train("--label-names", "x", "--report-to", "wandb"), "report_to='wandb'")
 
 
 def test_check_reads_what_would_be_evaluated(go, tiny_student, rationales, tmp_path):
