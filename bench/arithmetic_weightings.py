@@ -161,7 +161,7 @@ def summary(path: Path) -> str:
         line = [scenario, weighting, str(len(these))]
         for name in ("greedy", "sampled", "greedy_affected", "known_words", "weight_wrong"):
             values = [float(r[name]) for r in these if r[name]]
-            line.append(f"{statistics.fmean(values):.3f}")
+            line.append(f"{statistics.fmean(values):.3f}" if values else "-")
             if name in ("greedy", "sampled"):
                 line[-1] += f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
         lines.append(line)
