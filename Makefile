@@ -1,4 +1,4 @@
-# make demo   set up, then train the built-in world's student from four teachers
+# make demo   set up, then train the built-in world's student from five teachers
 # make test   set up, then run the tests
 # make check  what CI runs: lint, types, tests
 PYTHON ?= python3
