@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words, debug)
     except KeyboardInterrupt:
-        messages.say_error("interrupted")
+        messages.say("interrupted")
         return 128 + signal.SIGINT
     except BrokenPipeError:
         # the reader of our output has gone (`| head`); keep Python from complaining at exit
@@ -43,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         line, code = describe_error(error)
-        messages.say_error(line if code == USER_ERROR or debug else f"{line}; run with --debug")
+        if code > 128:  # stopped by a signal, as asked
+            messages.say(line)
+        else:
+            messages.say_error(line if code == USER_ERROR or debug else f"{line}; run with --debug")
         return code
 
 

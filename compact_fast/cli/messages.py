@@ -9,8 +9,12 @@ import warnings
 from typing import TextIO
 
 
+def say(line: str) -> None:
+    print(f"compact-fast: {line}", file=sys.stderr)
+
+
 def say_error(line: str) -> None:
-    print(f"compact-fast: error: {line}", file=sys.stderr)
+    say(f"error: {line}")
 
 
 class _OneLine(logging.Handler):

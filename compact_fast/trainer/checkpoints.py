@@ -90,6 +90,12 @@ def rotate_checkpoints(run_dir: str | Path, limit: int | None, keep: Collection[
         remove_directory(path)
 
 
+def _best_checkpoint(path: Path, run_dir: Path) -> list[Path]:
+    """The checkpoint of `run_dir` that was the best so far when `path` was written, if any."""
+    best = json.loads((path / TRAINER_STATE_NAME).read_text())["best_global_step"]
+    return [run_dir / f"checkpoint-{best}"] if best else []
+
+
 def _finished(path: Path) -> bool:
     try:
         read_manifest(path)
@@ -184,6 +190,10 @@ class CheckpointedTrainer(Trainer):
             self._refuse_newer_than(manifest["step"])
         if chosen is not None:
             logger.info("resuming from %s", chosen)
+        if chosen is not None and chosen.resolve().parent == run_dir.resolve():
+            # A kill between the last save and its rotation left this to do.
+            kept = {run_dir / chosen.name, *_best_checkpoint(chosen, run_dir)}
+            rotate_checkpoints(run_dir, self.args.save_total_limit, kept)
         return str(chosen) if chosen else None
 
     def _refuse_newer_than(self, step: int) -> None:

@@ -14,6 +14,7 @@ from compact_fast.cli import main as cli
 from compact_fast.cli.config_page import page
 from compact_fast.cli.init import template
 from compact_fast.run_config import build, load, schema
+from compact_fast.trainer.interrupts import TrainingInterrupted
 
 
 def failing(error: BaseException, monkeypatch, capsys, *flags: str) -> tuple[int, str]:
@@ -94,7 +95,6 @@ def test_version(capsys):
             "runs/a: no space left on the disk (0.1 MB free); free some space and run again",
         ),
         (MemoryError(), 2, "out of memory; lower questions_per_step, limit or max_length"),
-        (KeyboardInterrupt(), 130, "interrupted"),
         (RuntimeError("shape"), 1, "internal error: RuntimeError: shape; run with --debug"),
         (KeyError("k"), 1, "internal error: KeyError: 'k'; run with --debug"),
     ],
@@ -104,12 +104,20 @@ def test_errors_are_one_line_and_an_exit_code(error, code, line, monkeypatch, ca
     assert (got, err) == (code, f"compact-fast: error: {line}\n")
 
 
-def test_an_error_may_choose_its_exit_code(monkeypatch, capsys):
-    from compact_fast.trainer.interrupts import TrainingInterrupted
-
-    code, err = failing(TrainingInterrupted(15, 7, "checkpoint-7"), monkeypatch, capsys)
-    assert code == 143
-    assert "stopped by SIGTERM after step 7" in err
+@pytest.mark.parametrize(
+    ("stop", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            TrainingInterrupted(15, 7, "checkpoint-7"),
+            143,
+            "stopped by SIGTERM after step 7; checkpoint-7 is whole: run the same command again to "
+            "resume there",
+        ),
+    ],
+)
+def test_a_stop_by_signal_is_no_error(stop, code, line, monkeypatch, capsys):
+    assert failing(stop, monkeypatch, capsys) == (code, f"compact-fast: {line}\n")
 
 
 def test_debug_shows_the_traceback(monkeypatch, capsys):

@@ -165,7 +165,7 @@ def test_interrupted_before_training(train, monkeypatch):
 
     monkeypatch.setattr("compact_fast.pipeline.corpus.read_corpus", interrupt)
     code, _, err = train()
-    assert (code, err) == (130, "compact-fast: error: interrupted\n")
+    assert (code, err) == (130, "compact-fast: interrupted\n")
 
 
 def test_score_and_eval_refuse(go, tiny_student, rationales, tmp_path):
@@ -245,7 +245,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(train, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "compact_step", step)
     code, _, err = train(*more, "--overwrite")
     assert code == 143
-    assert "stopped by SIGTERM after step 2; checkpoint-2 is whole" in err
+    assert "compact-fast: stopped by SIGTERM after step 2; checkpoint-2 is whole" in err
+    assert "error" not in err
+    assert "--debug" not in err
     assert not model.exists()
     code, out, err = train(*more)
     assert code == 0, err

@@ -97,12 +97,7 @@ def fingerprint(run_dir: Path) -> dict[str, Any]:
         **files,
         "window": window,
         "metrics.jsonl": [{k: v for k, v in row.items() if k not in CLOCK} for row in metrics],
-        # a kill between the last save and its rotation leaves one older checkpoint, whole
-        "names": sorted(
-            name
-            for name in os.listdir(run_dir)
-            if not name.startswith("checkpoint-") or name == last.name
-        ),
+        "names": sorted(os.listdir(run_dir)),
         "status": json.loads((run_dir / "run.json").read_text())["status"],
     }
 

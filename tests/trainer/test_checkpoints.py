@@ -40,6 +40,11 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def spoil(trainer: Trainer) -> None:
+    for weight in trainer.model.parameters():
+        weight.data.mul_(9)
+
+
 def names(run_dir: Path) -> list[str]:
     return sorted(os.listdir(run_dir))
 
@@ -287,12 +292,7 @@ def test_best_checkpoint_is_tracked_kept_and_loaded(tmp_path: Path, limit: int) 
         load_best_model_at_end=True,
         metric_for_best_model="loss",
     )
-
-    def spoil() -> None:
-        for weight in trainer.model.parameters():
-            weight.data.mul_(9)
-
-    trainer.add_callback(AtStep(3, spoil))
+    trainer.add_callback(AtStep(3, lambda: spoil(trainer)))
     trainer.train()
     assert trainer.state.best_global_step == 2
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
@@ -377,6 +377,29 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a small tmpfs needs root")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_rotation_cut_short_is_finished_on_resume(finished: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    fake_checkpoint(run_dir, 4)
+    make_trainer(run_dir, max_steps=10).train("auto")
+    assert names(run_dir) == names(finished)
+
+
+def test_the_best_checkpoint_outlives_a_rotation_on_resume(tmp_path: Path) -> None:
+    settings = {
+        "max_steps": 6,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "metric_for_best_model": "loss",
+    }
+    trainer = make_trainer(tmp_path, save_total_limit=5, **settings)
+    trainer.add_callback(AtStep(3, lambda: spoil(trainer)))
+    trainer.train()
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    make_trainer(tmp_path, save_total_limit=2, **settings).train("auto")
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-6"]
 
 
 def test_really_full_disk(finished: Path, small_disk: Path) -> None:
