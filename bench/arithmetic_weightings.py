@@ -48,6 +48,7 @@ COLUMNS = (
     "threads",
     "scenario",
     "seed",
+    "test_seed",
     "weighting",
     "steps",
     "train_seconds",
@@ -62,18 +63,18 @@ COLUMNS = (
 )
 
 
-def measure(student: str) -> dict[str, float]:
+def measure(student: str, test_seed: int) -> dict[str, float]:
     """Accuracies on held-out problems: all, affected by the fault, in known words, by style."""
     loaded = load_student(student, dtype="fp32")
     prompts = PromptBuilder(loaded.tokenizer)
-    problems = make_problems(PROBLEMS, TEST_SEED)
-    questions = make_questions(PROBLEMS, TEST_SEED, scenario="clean")
+    problems = make_problems(PROBLEMS, test_seed)
+    questions = make_questions(PROBLEMS, test_seed, scenario="clean")
     asked: dict[str, Any] = {"max_new_tokens": 110, "batch_size": 128}
     greedy = exact_match(loaded.model, questions, prompts, **asked)
     drawn = exact_match(
         loaded.model, questions, prompts, temperature=1.0, samples=SAMPLES, seed=1, **asked
     )
-    known_questions = make_questions(KNOWN_PROBLEMS, TEST_SEED, KNOWN_WORDS, scenario="clean")
+    known_questions = make_questions(KNOWN_PROBLEMS, test_seed, KNOWN_WORDS, scenario="clean")
     known = exact_match(loaded.model, known_questions, prompts, **asked)
     affected = [
         answer.right
@@ -108,7 +109,9 @@ def runs(
         yield name, (folder / name if others else folder)
 
 
-def row_of(scenario: str, seed: int, weighting: str, folder: Path) -> dict[str, Any]:
+def row_of(
+    scenario: str, seed: int, test_seed: int, weighting: str, folder: Path
+) -> dict[str, Any]:
     run = read_run(folder)
     steps, times = run.series("time")
 
@@ -116,18 +119,18 @@ def row_of(scenario: str, seed: int, weighting: str, folder: Path) -> dict[str, 
         values = run.series(name)[1]
         return statistics.fmean(values) if values else math.nan
 
-    figures = measure(str(folder / "model"))
+    figures = measure(str(folder / "model"), test_seed)
     filtered = [mean(f"teacher/{t}/filtered") for t in run.teachers]
     figures |= {"weight_wrong": mean("weight/wrong"), "filtered": statistics.fmean(filtered)}
     return {
-        **about(scenario, seed, weighting),
+        **about(scenario, seed, test_seed, weighting),
         "steps": int(steps[-1]),
         "train_seconds": round(times[-1]),
         **{k: round(v, 4) for k, v in figures.items()},
     }
 
 
-def about(scenario: str, seed: int, weighting: str) -> dict[str, Any]:
+def about(scenario: str, seed: int, test_seed: int, weighting: str) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "version": __version__,
@@ -136,6 +139,7 @@ def about(scenario: str, seed: int, weighting: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "scenario": scenario,
         "seed": seed,
+        "test_seed": test_seed,
         "weighting": weighting,
         "problems": PROBLEMS,
     }
@@ -152,21 +156,30 @@ def append(row: dict[str, Any], path: Path) -> None:
 
 
 def summary(path: Path) -> str:
-    """Mean over seeds, and the standard deviation of greedy accuracy between them."""
+    """Means over seeds, and the standard deviations of accuracy between them."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     lines = []
-    for scenario, weighting in dict.fromkeys((r["scenario"], r["weighting"]) for r in rows):
-        these = [r for r in rows if (r["scenario"], r["weighting"]) == (scenario, weighting)]
-        line = [scenario, weighting, str(len(these))]
+    keys = ("scenario", "test_seed", "weighting")
+    for key in dict.fromkeys(tuple(r[k] for k in keys) for r in rows):
+        these = [r for r in rows if tuple(r[k] for k in keys) == key]
+        line = [*key, str(len(these))]
         for name in ("greedy", "sampled", "greedy_affected", "known_words", "weight_wrong"):
             values = [float(r[name]) for r in these if r[name]]
             line.append(f"{statistics.fmean(values):.3f}" if values else "-")
             if name in ("greedy", "sampled"):
                 line[-1] += f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
         lines.append(line)
-    headers = ["scenario", "weighting", "seeds", "greedy", "sampled", "greedy, affected"]
-    return table([*headers, "known words", "weight on wrong"], lines)
+    headers = [
+        "scenario",
+        "test problems",
+        "weighting",
+        "seeds",
+        "greedy",
+        "sampled",
+        "greedy, affected",
+    ]
+    return table([*headers, "greedy, affected", "known words", "weight on wrong"], lines)
 
 
 def main() -> None:
@@ -174,17 +187,21 @@ def main() -> None:
     parser.add_argument("--scenarios", nargs="+", default=["misleading"], choices=SCENARIOS)
     parser.add_argument("--weightings", nargs="+", default=list(WEIGHTINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--test-seed", type=int, default=TEST_SEED, help="of the problems")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--folder", type=Path, help="keep the runs here")
     options, more = parser.parse_known_args()  # what is left goes to `compact-fast train`
     folder = options.folder or Path(tempfile.mkdtemp())
-    if not any(r for r in [options.output.exists()]):
-        append({**about("untrained", 0, "none"), **measure("arithmetic")}, options.output)
+    test_seed = options.test_seed
+    append(
+        {**about("untrained", 0, test_seed, "none"), **measure("arithmetic", test_seed)},
+        options.output,
+    )
     for scenario in options.scenarios:
         for seed in options.seeds:
             where = folder / f"{scenario}-{seed}"
             for weighting, run in runs(scenario, seed, options.weightings, where, more):
-                append(row_of(scenario, seed, weighting, run), options.output)
+                append(row_of(scenario, seed, test_seed, weighting, run), options.output)
     if options.folder is None:
         shutil.rmtree(folder)
     print(summary(options.output))
