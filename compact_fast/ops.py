@@ -48,7 +48,8 @@ def _layout(tensors: tuple[Tensor | None, ...]) -> TokenLayout:
 
 
 def _spec(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> RunSpec:
-    return RunSpec(hidden.device, hidden.dtype, weight.shape[0], weight.shape[1], bias is not None)
+    V, D = weight.shape
+    return RunSpec(hidden.device, hidden.dtype, V, D, bias is not None, weight.dtype)
 
 
 def _gradients(found: Gradients, like: tuple[Tensor, Tensor, Tensor | None]) -> list[Tensor]:

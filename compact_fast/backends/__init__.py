@@ -39,6 +39,7 @@ _BUILT_IN: dict[str, CompactBackend] = {
 ENTRY_POINTS = "compact.backends"
 _AUTO_ORDER = ("triton", "torch")  # the reference holds full logits: only ever on request
 _OBJECTS: dict[str, CompactBackend] = {}  # handle -> object; operators take text only
+_said: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,10 @@ def choose(backend: str | CompactBackend = "auto", spec: RunSpec | None = None) 
     """The backend that will run, with the reason.
 
     A name or an object is taken at its word: if it cannot run `spec`, ValueError says why. Only
-    "auto" looks further.
+    "auto" looks further, and logs once what kept a faster backend from running.
     """
     if backend == "auto":
-        spec = spec or _usual_spec()
-        refused: list[str] = []
-        for name in _AUTO_ORDER:
-            verdict = _BUILT_IN[name].can_run(spec)
-            if verdict is True:
-                why = f"first that can run on {spec.device}"
-                return Choice(_BUILT_IN[name], f"auto: {'; '.join([why, *refused])}")
-            refused.append(f"{name}: {verdict}")
-        raise ValueError("no backend can run here: " + "; ".join(refused))
+        return _first_that_can(spec or _usual_spec())
     if isinstance(backend, str):
         found = _OBJECTS.get(backend) or _BUILT_IN.get(backend) or _from_plugin(backend)
     else:
@@ -86,6 +79,30 @@ def choose(backend: str | CompactBackend = "auto", spec: RunSpec | None = None) 
     if verdict is not True:
         raise ValueError(f"backend {found.name!r} cannot run: {verdict}")
     return Choice(found, "requested")
+
+
+def _first_that_can(spec: RunSpec) -> Choice:
+    refused: list[str] = []
+    for name in _AUTO_ORDER:
+        verdict = _BUILT_IN[name].can_run(spec)
+        if name == "triton" and spec.device.type == "cpu" and verdict is True:
+            verdict = "on a CPU its kernels run in Triton's interpreter, only when asked for"
+        if verdict is True:
+            why = f"first that can run on {spec.device}"
+            choice = Choice(_BUILT_IN[name], f"auto: {'; '.join([why, *refused])}")
+            _say_once(choice, spec, fell_back=bool(refused))
+            return choice
+        refused.append(f"{name}: {verdict}")
+    raise ValueError("no backend can run here: " + "; ".join(refused))
+
+
+def _say_once(choice: Choice, spec: RunSpec, *, fell_back: bool) -> None:
+    """A GPU without its own kernels is worth a warning; a CPU has none to miss."""
+    text = f"backend {choice.backend.name} ({choice.reason})"
+    if text not in _said:
+        _said.add(text)
+        level = logging.WARNING if fell_back and spec.device.type == "cuda" else logging.INFO
+        logger.log(level, "%s", text)
 
 
 def _usual_spec() -> RunSpec:

@@ -23,10 +23,16 @@ class RunSpec:
     """What a backend is asked to run, so that it can say beforehand whether it can."""
 
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the hidden states
     vocab_size: int
     hidden_size: int
     head_bias: bool = False
+    head_dtype: torch.dtype | None = None  # of the unembedding; None: that of the hidden states
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The unembedding's dtype."""
+        return self.dtype if self.head_dtype is None else self.head_dtype
 
 
 class Needs(NamedTuple):

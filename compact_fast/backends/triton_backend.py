@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -46,24 +48,27 @@ class TritonBackend:
 
     def can_run(self, spec: RunSpec) -> bool | str:
         """True, or what is missing."""
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed (pip install compact-fast[triton])"
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        if spec.device.type != "cuda" and not (interpreted and spec.device.type == "cpu"):
-            return f"no Triton kernels for device {spec.device.type!r}; it needs CUDA or ROCm"
-        if spec.device.type == "cuda" and torch.version.hip is None:
-            major, minor = torch.cuda.get_device_capability(spec.device)
-            if major < 8:
-                return f"compute capability {major}.{minor} is below 8.0"
-        if spec.dtype not in (torch.bfloat16, torch.float32):
-            return f"dtype {spec.dtype} is neither bfloat16 nor float32"
-        if self.tier == "fused" and spec.dtype != torch.bfloat16:
-            return f"tier='fused' needs bfloat16, not {spec.dtype}"
-        from compact_fast.triton_kernels.products import library_is_wide
+        return (
+            _device_refusal(spec.device, interpreted)
+            or self._dtype_refusal(spec)
+            or _toolchain_refusal(interpreted)
+            or _product_refusal(spec)
+            or True
+        )
 
-        if spec.dtype == torch.bfloat16 and not library_is_wide(spec.device):
-            return f"torch {torch.__version__} cannot multiply bfloat16 into float32 on this device"
-        return True
+    def _dtype_refusal(self, spec: RunSpec) -> str | None:
+        head = spec.weight_dtype
+        if head not in (torch.bfloat16, torch.float32):
+            return f"dtype {head} of the head is neither bfloat16 nor float32"
+        if torch.promote_types(spec.dtype, head) != head:
+            return (
+                f"hidden is {spec.dtype}, the head {head}: hidden would have to be rounded; "
+                "give both in one dtype"
+            )
+        if self.tier == "fused" and head != torch.bfloat16:
+            return f"tier='fused' needs bfloat16, not {head}"
+        return None
 
     def score_and_loss(
         self,
@@ -141,6 +146,45 @@ class TritonBackend:
                 factor = -grad_logp[rows].float() / out.total
                 head.add_gradients(grads, rows, x, exps, factor, add=False)
         return grads.finish(1.0, hidden, weight, bias)
+
+
+def _device_refusal(device: torch.device, interpreted: bool) -> str | None:
+    if device.type != "cuda":
+        if interpreted and device.type == "cpu":
+            return None
+        return f"no Triton kernels for device {device.type!r}; it needs CUDA or ROCm"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA or ROCm device"
+    if torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"compute capability {major}.{minor} is below 8.0"
+    return None
+
+
+@cache
+def _toolchain_refusal(interpreted: bool) -> str | None:
+    """What Triton itself lacks: its launchers are compiled by the C compiler on first use."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install compact-fast[triton])"
+    try:
+        import triton
+
+        if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
+            return f"triton {triton.__version__} is too old; 3.4 or newer is needed"
+    except Exception as error:  # whatever a broken installation raises, here it is a reason
+        return f"triton cannot be imported: {error}"
+    if not (interpreted or os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler: install gcc or clang, or name one in CC"
+    return None
+
+
+def _product_refusal(spec: RunSpec) -> str | None:
+    from compact_fast.triton_kernels.products import library_is_wide
+
+    if spec.weight_dtype == torch.bfloat16 and not library_is_wide(spec.device):
+        return f"torch {torch.__version__} cannot multiply bfloat16 into float32 on this device"
+    return None
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[object]:

@@ -1,11 +1,13 @@
 import dataclasses
+import logging
 
 import pytest
 import torch
 
-from compact_fast import available_backends, get_backend
-from compact_fast.backends import CompactBackend, RunSpec, choose
+from compact_fast import available_backends, backends, get_backend, token_logp
+from compact_fast.backends import CompactBackend, RunSpec, choose, triton_backend
 from compact_fast.backends.torch_backend import TorchBackend
+from compact_fast.backends.triton_backend import TritonBackend
 
 SPEC = RunSpec(torch.device("cpu"), torch.float32, 100, 16)
 
@@ -31,6 +33,66 @@ def test_auto_says_why():
     assert choice.backend.name == "torch"
     assert choice.reason.startswith("auto: first that can run on cpu")
     assert choose("reference", SPEC).reason == "requested"
+
+
+def test_auto_asks_for_both_dtypes():
+    """A head that hidden would have to be rounded for is nothing for the Triton kernels."""
+    mixed = dataclasses.replace(SPEC, head_dtype=torch.bfloat16)
+    assert mixed.weight_dtype == torch.bfloat16
+    assert SPEC.weight_dtype == torch.float32
+    refused = TritonBackend()._dtype_refusal(mixed)
+    assert "hidden is torch.float32, the head torch.bfloat16" in refused
+    swapped = dataclasses.replace(SPEC, dtype=torch.bfloat16, head_dtype=torch.float32)
+    assert TritonBackend()._dtype_refusal(swapped) is None
+    seen = []
+
+    class Curious(TorchBackend):
+        def can_run(self, spec):
+            seen.append((spec.dtype, spec.weight_dtype))
+            return True
+
+    hidden, head = torch.randn(4, 16), torch.randn(50, 16, dtype=torch.bfloat16)
+    token_logp(hidden, head, torch.arange(4), backend=Curious(name="curious"))
+    assert set(seen) == {(torch.float32, torch.bfloat16)}
+
+
+def test_auto_leaves_the_interpreter_alone(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton")
+    choice = choose("auto", SPEC)
+    assert choice.backend.name == "torch"
+    assert "run in Triton's interpreter, only when asked for" in choice.reason
+    assert choose("triton", SPEC).reason == "requested"
+
+
+def test_auto_says_its_reason_once(monkeypatch, caplog):
+    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with caplog.at_level(logging.INFO, logger="compact_fast"):
+        for _ in range(3):
+            choose("auto", SPEC)
+    assert [r.levelname for r in caplog.records] == ["INFO"]  # a CPU misses nothing
+    assert "no Triton kernels for device 'cpu'" in caplog.records[0].getMessage()
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="compact_fast"):
+        choose("auto", dataclasses.replace(SPEC, device=torch.device("cuda")))
+    assert [r.levelname for r in caplog.records] == ["WARNING"]  # its kernels cannot run
+
+
+def test_what_triton_lacks(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(triton_backend.shutil, "which", lambda name: None)
+    lacking = triton_backend._toolchain_refusal.__wrapped__
+    assert "C compiler" in lacking(False)
+    assert lacking(True) is None
+    known = triton_backend.importlib.util.find_spec
+    monkeypatch.setattr(
+        triton_backend.importlib.util,
+        "find_spec",
+        lambda name: None if name.endswith("tensor_descriptor") else known(name),
+    )
+    assert "is too old; 3.4 or newer is needed" in lacking(False)
 
 
 @pytest.mark.parametrize(
