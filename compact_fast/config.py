@@ -124,6 +124,11 @@ class CompactConfig:
     seed: int = 0
     """Seed of weighting="random"."""
 
+    skip_below: float = 0.0
+    """Leave out of the gradients what is smaller than this: whole blocks of the logits in which
+    every |softmax - label| is below it. 0 = off. Loss, scores and weights stay exact; the share
+    that was computed and a bound on the gradients' error are reported."""
+
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode!r}: expected one of {', '.join(MODES)}")
@@ -150,6 +155,8 @@ class CompactConfig:
             raise ValueError(f"tau={self.tau!r}: expected a finite number > 0")
         if self.filter_below > 1:
             raise ValueError(f"filter_below={self.filter_below!r}: expected a share, 0 to 1")
+        if self.skip_below >= 1:
+            raise ValueError(f"skip_below={self.skip_below!r}: expected 0 (off) or less than 1")
         # made here, once: operators take the configuration as text, also while being compiled
         object.__setattr__(self, "_text", json.dumps(asdict(self), sort_keys=True))
 
@@ -207,5 +214,6 @@ _NON_NEGATIVE = (
     "filter_below",
     "consistency_weight",
     "pair_floor",
+    "skip_below",
 )
 FIELD_NAMES = tuple(f.name for f in fields(CompactConfig))

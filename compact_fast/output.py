@@ -26,3 +26,6 @@ class CompactOutput:
     skipped: Tensor  # [Q] bool; no teacher left, the question adds nothing to the loss
     token_entropy: Tensor | None = None  # [T]; on request, nats, 0 where there is no label
     token_correct: Tensor | None = None  # [T] bool; on request, the label is the likeliest token
+    kept_share: Tensor | None = None  # scalar; with skip_below: share of the gradients computed
+    gradient_error: Tensor | None = None  # [3]; with skip_below: bounds on the Frobenius norm of
+    # what is missing from the gradients of hidden, head weight and bias; see docs/method.md

@@ -73,13 +73,19 @@ class LossResult(NamedTuple):
     skipped: Tensor  # [Q] bool
     token_entropy: Tensor | None  # [T]; if statistics were asked for
     token_correct: Tensor | None  # [T] bool; if statistics were asked for
+    # With config.skip_below > 0 only; see "Leaving out small gradients" in docs/method.md
+    kept_share: Tensor | None = None  # scalar; share of the logit gradients that was multiplied
+    gradient_error: Tensor | None = None  # [3]; bounds for hidden, weight, bias
 
 
 @runtime_checkable
 class CompactBackend(Protocol):
     """The operations behind `compact_fast.compact_loss` and `compact_fast.token_logp`.
 
-    Arguments have been checked for shape, dtype and device, and autocast is off.
+    Arguments have been checked for shape, dtype and device, and autocast is off. They are all on
+    one device; a backend with an attribute `takes_host_layout = True` may be handed a layout on
+    the CPU, so that it can read it without waiting for the device. Only a backend with an
+    attribute `skips_blocks = True` is given a config with `skip_below` > 0.
     """
 
     @property
