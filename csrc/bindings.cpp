@@ -5,7 +5,9 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <memory>
 #include <stdexcept>
+#include <utility>
 
 #include "consensus.h"
 #include "parallel.h"
@@ -21,9 +23,15 @@ constexpr int kAbi = 2;
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
+// The array owns the vector's memory: nothing is copied.
 template <class T>
-py::array_t<T> to_array(const std::vector<T>& values) {
-  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+py::array_t<T> to_array(std::vector<T>&& values) {
+  auto held = std::make_unique<std::vector<T>>(std::move(values));
+  const auto size = static_cast<py::ssize_t>(held->size());
+  const T* data = held->data();
+  py::capsule owner(held.get(), [](void* p) { delete static_cast<std::vector<T>*>(p); });
+  held.release();
+  return py::array_t<T>(size, data, owner);
 }
 
 template <class T>
@@ -87,26 +95,28 @@ ConsensusOptions read_consensus(const py::dict& d) {
   return o;
 }
 
-py::dict graphs_out(const StepGraphs& g) {
+py::dict graphs_out(StepGraphs&& g) {
   py::dict d;
-  d["cu_nodes"] = to_array(g.cu_nodes);
-  d["cu_edges"] = to_array(g.cu_edges);
-  d["cu_shingles"] = to_array(g.cu_shingles);
-  d["answer"] = to_array(g.answer);
-  d["answer_kind"] = to_array(g.answer_kind);
-  d["result"] = to_array(g.result);
-  d["result_kind"] = to_array(g.result_kind);
-  d["operators"] = to_array(g.operators);
-  py::array_t<std::uint64_t> signature({static_cast<py::ssize_t>(g.nodes()), py::ssize_t{8}});
-  if (g.nodes() > 0)
-    std::memcpy(signature.mutable_data(), g.signature.data(), g.nodes() * sizeof(Signature));
-  d["signature"] = signature;
-  d["cu_numbers"] = to_array(g.cu_numbers);
-  d["numbers"] = to_array(g.numbers);
-  d["edge_source"] = to_array(g.edge_source);
-  d["edge_target"] = to_array(g.edge_target);
-  d["edge_type"] = to_array(g.edge_type);
-  d["shingles"] = to_array(g.shingles);
+  d["cu_nodes"] = to_array(std::move(g.cu_nodes));
+  d["cu_edges"] = to_array(std::move(g.cu_edges));
+  d["cu_shingles"] = to_array(std::move(g.cu_shingles));
+  d["answer"] = to_array(std::move(g.answer));
+  d["answer_kind"] = to_array(std::move(g.answer_kind));
+  d["result"] = to_array(std::move(g.result));
+  d["result_kind"] = to_array(std::move(g.result_kind));
+  d["operators"] = to_array(std::move(g.operators));
+  auto signatures = std::make_unique<std::vector<Signature>>(std::move(g.signature));
+  const std::uint64_t* words = signatures->empty() ? nullptr : signatures->front().data();
+  const auto nodes = static_cast<py::ssize_t>(signatures->size());
+  py::capsule owner(signatures.get(), [](void* p) { delete static_cast<std::vector<Signature>*>(p); });
+  signatures.release();
+  d["signature"] = py::array_t<std::uint64_t>({nodes, py::ssize_t{8}}, words, owner);
+  d["cu_numbers"] = to_array(std::move(g.cu_numbers));
+  d["numbers"] = to_array(std::move(g.numbers));
+  d["edge_source"] = to_array(std::move(g.edge_source));
+  d["edge_target"] = to_array(std::move(g.edge_target));
+  d["edge_type"] = to_array(std::move(g.edge_type));
+  d["shingles"] = to_array(std::move(g.shingles));
   return d;
 }
 
@@ -150,7 +160,7 @@ py::dict parse(const py::list& texts, const py::dict& options, int threads) {
     parse_all(all, o, threads, graphs, error);
   }
   raise_on(error);
-  return graphs_out(graphs);
+  return graphs_out(std::move(graphs));
 }
 
 py::tuple answer_keys(const py::list& answers) {
@@ -163,7 +173,7 @@ py::tuple answer_keys(const py::list& answers) {
     for (std::size_t s = 0; s < all.size(); ++s)
       if (given[s] && !parser.answer_key(all[s], keys[s])) given[s] = 0;
   }
-  return py::make_tuple(to_array(keys), to_array(given));
+  return py::make_tuple(to_array(std::move(keys)), to_array(std::move(given)));
 }
 
 Embeddings embedding_rows(const py::object& array, Array<std::int8_t>& hold) {
@@ -199,8 +209,9 @@ py::tuple match_graphs(const py::dict& graphs, const py::object& embedding,
       }
     });
   }
-  return py::make_tuple(to_array(value), to_array(bound), to_array(proven), to_array(self),
-                        to_array(cu), to_array(assigned));
+  return py::make_tuple(to_array(std::move(value)), to_array(std::move(bound)),
+                        to_array(std::move(proven)), to_array(std::move(self)),
+                        to_array(std::move(cu)), to_array(std::move(assigned)));
 }
 
 // Pairs given by their similarity matrices: pair p has sizes[p] = (n, m), similarity from cu[p], and
@@ -244,8 +255,9 @@ py::tuple match_arrays(const Array<std::int32_t>& similarity, const Array<std::i
       }
     });
   }
-  return py::make_tuple(to_array(value), to_array(bound), to_array(proven), to_array(rows),
-                        to_array(assigned));
+  return py::make_tuple(to_array(std::move(value)), to_array(std::move(bound)),
+                        to_array(std::move(proven)), to_array(std::move(rows)),
+                        to_array(std::move(assigned)));
 }
 
 py::tuple assignment(const Array<std::int32_t>& weights, const Array<std::int64_t>& cu,
@@ -264,7 +276,8 @@ py::tuple assignment(const Array<std::int32_t>& weights, const Array<std::int64_
         value[p] = lap.solve(w + start[p], size[2 * p], size[2 * p + 1], assigned.data() + rows[p]);
     });
   }
-  return py::make_tuple(to_array(value), to_array(rows), to_array(assigned));
+  return py::make_tuple(to_array(std::move(value)), to_array(std::move(rows)),
+                        to_array(std::move(assigned)));
 }
 
 std::vector<std::int64_t> agreement_offsets(const std::vector<std::int64_t>& cu) {
@@ -284,8 +297,9 @@ struct Scores {
   std::vector<double> score;
   std::vector<std::int32_t> group;
   std::vector<std::uint8_t> flags;
-  py::tuple out() const {
-    return py::make_tuple(to_array(agreement), to_array(score), to_array(group), to_array(flags));
+  py::tuple out() {
+    return py::make_tuple(to_array(std::move(agreement)), to_array(std::move(score)),
+                          to_array(std::move(group)), to_array(std::move(flags)));
   }
 };
 

@@ -214,19 +214,25 @@ void parse_all(const std::vector<std::string_view>& texts, const Options& option
   std::mutex guard;
   parallel_for(count, chunk, threads, [&](std::int64_t begin, std::int64_t end, int) {
     thread_local std::unique_ptr<Parser> parser;
+    thread_local StepGraphs graphs;  // grows once; what is kept is copied to its size
     if (!parser) parser = std::make_unique<Parser>();
     parser->set_limit(options.max_steps);
-    StepGraphs& part = parts[static_cast<std::size_t>(begin / chunk)];
+    graphs.clear();
     ParseError mine;
     for (std::int64_t s = begin; s < end; ++s)
-      if (!parse_one(*parser, texts[s], s, options, part, mine)) break;
+      if (!parse_one(*parser, texts[s], s, options, graphs, mine)) break;
+    parts[static_cast<std::size_t>(begin / chunk)] = graphs;
     if (mine.text >= 0) {
       std::lock_guard<std::mutex> lock(guard);
       if (error.text < 0 || mine.text < error.text) error = mine;
     }
   });
   if (error.text >= 0) return;
-  for (const StepGraphs& part : parts) out.append(part);
+  out.reserve(parts);
+  for (StepGraphs& part : parts) {
+    out.append(part);
+    part = StepGraphs{};
+  }
 }
 
 void score_questions(const std::vector<std::string_view>& texts, const std::vector<std::int64_t>& cu,

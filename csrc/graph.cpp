@@ -2,7 +2,37 @@
 
 namespace compact {
 
-void StepGraphs::clear() { *this = StepGraphs{}; }
+void StepGraphs::clear() {
+  for (auto* offsets : {&cu_nodes, &cu_edges, &cu_shingles, &cu_numbers}) offsets->assign(1, 0);
+  for (auto* values : {&answer, &result, &numbers}) values->clear();
+  for (auto* values : {&answer_kind, &result_kind, &operators, &edge_type}) values->clear();
+  for (auto* values : {&edge_source, &edge_target}) values->clear();
+  signature.clear();
+  shingles.clear();
+}
+
+void StepGraphs::reserve(const std::vector<StepGraphs>& parts) {
+  auto room = [&](auto member) {
+    std::size_t sum = 1;  // offsets have one more
+    for (const StepGraphs& part : parts) sum += (part.*member).size();
+    (this->*member).reserve(sum);
+  };
+  room(&StepGraphs::cu_nodes);
+  room(&StepGraphs::cu_edges);
+  room(&StepGraphs::cu_shingles);
+  room(&StepGraphs::answer);
+  room(&StepGraphs::answer_kind);
+  room(&StepGraphs::result);
+  room(&StepGraphs::result_kind);
+  room(&StepGraphs::operators);
+  room(&StepGraphs::signature);
+  room(&StepGraphs::cu_numbers);
+  room(&StepGraphs::numbers);
+  room(&StepGraphs::edge_source);
+  room(&StepGraphs::edge_target);
+  room(&StepGraphs::edge_type);
+  room(&StepGraphs::shingles);
+}
 
 void StepGraphs::append(const StepGraphs& other) {
   auto offsets = [](std::vector<std::int64_t>& to, const std::vector<std::int64_t>& from) {

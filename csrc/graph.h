@@ -38,8 +38,10 @@ struct StepGraphs {
 
   std::size_t size() const { return answer.size(); }
   std::size_t nodes() const { return result.size(); }
-  void clear();
+  void clear();  // keeps the memory
   void append(const StepGraphs& other);
+  // Room for the graphs of all `parts`.
+  void reserve(const std::vector<StepGraphs>& parts);
 };
 
 }  // namespace compact

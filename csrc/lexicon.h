@@ -18,13 +18,12 @@ constexpr std::uint64_t hash_of(std::string_view word) {
 enum WordClass : std::uint8_t { kPlain, kStop, kNumberWord, kOperatorWord, kEquals, kAnswerWord };
 
 struct WordInfo {
-  std::uint64_t hash;
-  WordClass kind;
-  std::uint8_t value;  // of a number word, or the bit of an operator
-  bool abbreviation;
+  WordClass kind = kPlain;
+  std::uint8_t value = 0;  // of a number word, or the bit of an operator
+  bool abbreviation = false;
 };
 
 // A word without an entry is kPlain.
-const WordInfo& find_word(std::uint64_t hash);
+WordInfo find_word(std::uint64_t hash);
 
 }  // namespace compact

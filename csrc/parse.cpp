@@ -1,8 +1,10 @@
 #include "parse.h"
 
 #include <algorithm>
+#include <array>
 
 #include "lexicon.h"
+#include "lines.h"
 #include "numbers.h"
 #include "text.h"
 
@@ -13,8 +15,32 @@ namespace {
 constexpr std::uint64_t kIs = hash_of("is"), kAre = hash_of("are"), kBe = hash_of("be"),
                         kX = hash_of("x");
 
-bool is_space(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\f' || c == '\v'; }
-bool is_gap(char c) { return c == ' ' || c == '\t'; }
+enum CharClass : std::uint8_t { kMark, kSpace, kDigit, kLetter, kStopMark };
+
+struct CharTables {
+  CharClass of[256] = {};
+  std::uint8_t in_word[256] = {};  // lower case, 0 for what ends a word
+  constexpr CharTables() {
+    for (int c = 0; c < 256; ++c) {
+      const auto b = static_cast<unsigned char>(c);
+      if (is_digit(b))
+        of[c] = kDigit;
+      else if (is_letter(b))
+        of[c] = kLetter;
+      else if (c == ' ' || c == '\t' || c == '\r' || c == '\f' || c == '\v' || c == 0)
+        of[c] = kSpace;
+      else if (c == '.' || c == '!' || c == '?' || c == ';' || c == '\n')
+        of[c] = kStopMark;
+      if (is_digit(b) || is_letter(b))
+        in_word[c] = b >= 'A' && b <= 'Z' ? static_cast<std::uint8_t>(b + 32) : b;
+    }
+  }
+};
+constexpr CharTables kChars;
+
+bool is_ascii_letter(char c) {
+  return static_cast<unsigned char>(c) < 0x80 && is_letter(static_cast<unsigned char>(c));
+}
 
 std::uint8_t operator_bit(char c) {
   switch (c) {
@@ -25,169 +51,29 @@ std::uint8_t operator_bit(char c) {
   }
 }
 
-// Past indentation, bullets, quote and heading marks at the start of a line, and past "3.", "(a)" or
-// "Step 3:" behind them.
-std::size_t skip_line_start(std::string_view t, std::size_t at) {
-  auto get = [&](std::size_t i) { return i < t.size() ? t[i] : '\0'; };
-  auto has = [&](std::size_t i) { return i < t.size(); };
-  while (has(at)) {
-    char c = t[at];
-    if (c == ' ' || c == '\t' || c == '*' || c == '>' || c == '_') {
-      ++at;
-    } else if (c == '#' && t.substr(at + 1, 3) != "###") {
-      ++at;
-    } else if (c == '-' && has(at + 1) && is_gap(t[at + 1])) {
-      ++at;
-    } else {
-      break;
-    }
-  }
-  std::size_t p = at;
-  if ((get(p) == 'S' || get(p) == 's') && t.substr(p + 1, 3) == "tep" && is_gap(get(p + 4))) {
-    p += 4;
-    while (has(p) && is_gap(t[p])) ++p;
-    std::size_t digits = p;
-    while (has(p) && p - digits < 4 && is_digit(static_cast<unsigned char>(t[p]))) ++p;
-    if (p > digits) {
-      at = p;
-      while (has(p) && is_gap(t[p])) ++p;
-      at = p;
-      char c = get(p);
-      if (c == ':' || c == '.' || c == ')' || c == '-') at = p + 1;
-      return at;
-    }
-  }
-  p = at;
-  if (get(p) == '(') ++p;
-  std::size_t digits = p;
-  while (has(p) && is_digit(static_cast<unsigned char>(t[p]))) ++p;
-  if (p > digits && p - digits <= 3 && (get(p) == '.' || get(p) == ')') && has(p + 1) &&
-      is_gap(t[p + 1]))
-    return p + 1;
-  char letter = get(at + 1);
-  if (get(at) == '(' && static_cast<unsigned char>(letter) < 0x80 &&
-      is_letter(static_cast<unsigned char>(letter)) && get(at + 2) == ')' && has(at + 3) &&
-      is_gap(t[at + 3]))
-    return at + 3;
-  return at;
-}
-
-// Hashes are spread evenly: deal them out by their top byte, then straighten what is nearly sorted.
-void sort_hashes(const std::vector<std::uint64_t>& hashes, std::vector<std::uint64_t>& out) {
-  out.resize(hashes.size());
-  if (hashes.size() > 4096) {
-    out = hashes;
-    std::sort(out.begin(), out.end());
-    return;
-  }
-  std::uint16_t place[257] = {};
-  for (std::uint64_t h : hashes) ++place[(h >> 56) + 1];
-  for (int b = 0; b < 256; ++b) place[b + 1] = static_cast<std::uint16_t>(place[b + 1] + place[b]);
-  for (std::uint64_t h : hashes) out[place[h >> 56]++] = h;
-  for (std::size_t i = 1; i < out.size(); ++i) {
-    const std::uint64_t h = out[i];
-    std::size_t j = i;
-    for (; j > 0 && out[j - 1] > h; --j) out[j] = out[j - 1];
-    out[j] = h;
-  }
-}
-
 // Does "-" or "-$" stand right before `at`?
 bool signed_at(std::string_view t, std::size_t at) {
   if (at > 1 && t[at - 1] == '$') --at;
   return at > 0 && t[at - 1] == '-';
 }
 
-// Does "<<" at `at` open a calculator note, "<<" [^<>\n]{0,200} ">>"?
-bool is_note(std::string_view t, std::size_t at, std::size_t& end) {
-  std::size_t p = at + 2, limit = std::min(t.size(), at + 203);
-  while (p < limit && t[p] != '<' && t[p] != '>' && t[p] != '\n') ++p;
-  if (p + 1 < t.size() && p - (at + 2) <= 200 && t[p] == '>' && t[p + 1] == '>') {
-    end = p + 2;
-    return true;
-  }
-  return false;
+// May a sentence end before `c`?
+bool may_follow_stop(char c) {
+  return is_gap(c) || c == '\r' || c == '\f' || c == '\v' || c == '\n' || c == '"' || c == '\'' ||
+         c == ')' || c == '*' || c == ']';
 }
 
 }  // namespace
 
-void Parser::Step::take(Step& other) {
-  numbers.insert(numbers.end(), other.numbers.begin(), other.numbers.end());
-  words.insert(words.end(), other.words.begin(), other.words.end());
-  operators |= other.operators;
-  other.clear();
-}
-
-void Parser::reset_step() {
-  step_.clear();
-  tail_.clear();
-  has_tail_ = has_equation_ = false;
-  last_word_ = 0;
-}
-
-void Parser::merge() {
-  if (has_tail_) step_.take(tail_);
-  has_tail_ = false;
-}
-
-// What looked like a result was the start of an expression, or a link of a chain.
-void Parser::retract() {
-  if (has_equation_) step_.numbers.push_back(equation_);
-  has_equation_ = false;
-  merge();
-}
-
-void Parser::flush() {
-  merge();
-  if (step_.numbers.empty() && step_.words.empty() && !has_equation_) return;
-  StepGraphs& g = *out_;
-  auto me = static_cast<std::int32_t>(g.nodes() - first_node_);
-  if (me >= max_steps_) {
-    too_long_ = true;
-    return;
-  }
-  ResultKind kind = kNoResult;
-  std::int64_t result = 0;
-  if (has_equation_) {
-    kind = kStatedResult;
-    result = equation_;
-  } else if (!step_.numbers.empty() && step_.operators == 0) {
-    kind = kImpliedResult;
-    result = step_.numbers.back();
-  }
-  auto& n = step_.numbers;
-  std::sort(n.begin(), n.end());
-  n.erase(std::unique(n.begin(), n.end()), n.end());
-  if (kind == kImpliedResult) n.erase(std::find(n.begin(), n.end(), result));
-  Signature signature{};
-  for (std::uint64_t hash : step_.words) signature[hash >> 61] |= 1ull << ((hash >> 55) & 63);
-  g.result.push_back(result);
-  g.result_kind.push_back(kind);
-  g.operators.push_back(step_.operators);
-  g.signature.push_back(signature);
-  g.numbers.insert(g.numbers.end(), n.begin(), n.end());
-  g.cu_numbers.push_back(static_cast<std::int64_t>(g.numbers.size()));
-  auto edge = [&](std::int32_t source, EdgeType type) {
-    g.edge_source.push_back(source);
-    g.edge_target.push_back(me);
-    g.edge_type.push_back(type);
-  };
-  if (me > 0) edge(me - 1, kNext);
-  sources_.clear();
-  for (std::int64_t key : n) {
-    auto found = last_result_.find(key);
-    if (found != last_result_.end()) sources_.push_back(found->second);
-  }
-  std::sort(sources_.begin(), sources_.end());
-  sources_.erase(std::unique(sources_.begin(), sources_.end()), sources_.end());
-  for (std::int32_t source : sources_) edge(source, kUses);
-  if (kind != kNoResult) last_result_[result] = me;
-}
-
-void Parser::begin_answer() {
-  if (!answer_.active && (has_equation_ || has_tail_)) flush();
+void Parser::begin_answer(std::size_t behind) {
+  at_ = behind;
+  if (answer_.active)
+    steps_.drop();
+  else
+    steps_.begin_answer();
   answer_.begin();
-  reset_step();
+  asked_ = false;
+  before_ = kStart;
 }
 
 void Parser::settle(Answer& answer) {
@@ -195,259 +81,242 @@ void Parser::settle(Answer& answer) {
   answer.active = false;
 }
 
-void Parser::add_number(std::int64_t key, bool after_equals) {
-  if (after_equals) {
-    retract();
-    equation_ = key;
-    has_equation_ = has_tail_ = true;
-    tail_.clear();
+// The number that starts at `from`, after its sign.
+void Parser::take_number(std::int64_t key, std::size_t from) {
+  if (negative_ && signed_at(t_, from)) key = -key;
+  if (Answer* answer = target()) answer->number(key);
+  if (!answer_.active) steps_.number(key, before_ == kEqual);
+  before_ = kNumber;
+}
+
+void Parser::take_equals() {
+  if (Answer* answer = target()) answer->equals();
+  if (!answer_.active) steps_.equals();
+  before_ = kEqual;
+}
+
+void Parser::read_number(std::size_t end) {
+  const std::size_t from = at_;
+  const std::string_view spelling = t_.substr(from, end - from);
+  at_ = end;
+  asked_ = false;
+  surface_.add(fnv(spelling));
+  take_number(number_key(spelling), from);
+}
+
+void Parser::read_word() {
+  const std::size_t from = at_;
+  std::uint64_t hash = kFnvStart, before_last = kFnvStart;
+  std::size_t length = 0;
+  unsigned char last = 0, second_last = 0;
+  Answer* const answer = target();
+  if (answer) lower_.clear();
+  for (; at_ < t_.size(); ++at_) {
+    const std::uint8_t b = kChars.in_word[static_cast<unsigned char>(t_[at_])];
+    if (b == 0) {
+      if (t_[at_] == '\'') continue;
+      break;
+    }
+    before_last = hash;
+    hash = fnv_step(hash, b);
+    second_last = last;
+    last = b;
+    ++length;
+    if (answer) lower_.push_back(static_cast<char>(b));
+  }
+  if (asked_ && (hash == kIs || hash == kAre || hash == kBe)) return begin_answer(at_);
+  const WordInfo info = find_word(hash);
+  asked_ = info.kind == kAnswerWord;
+  surface_.add(hash);
+  const std::uint8_t op = info.kind == kOperatorWord           ? info.value
+                          : hash == kX && before_ == kNumber ? std::uint8_t{4}
+                                                             : std::uint8_t{0};
+  if (info.kind == kNumberWord && !answer_.active) {
+    take_number(info.value * kMicro, from);
+  } else if (op != 0) {
+    if (answer) answer->divide(false);
+    if (!answer_.active) steps_.operation(op, true);
+    before_ = kOperator;
+  } else if (info.kind == kEquals) {
+    take_equals();
   } else {
-    (has_tail_ ? tail_ : step_).numbers.push_back(key);
+    if (answer) answer->word(lower_);
+    steps_.see_word();
+    if (!answer_.active && info.kind != kStop) {
+      const bool plural = length > 3 && last == 's' && second_last != 's';
+      steps_.word(mix(plural ? before_last : hash));
+    }
+    before_ = kWord;
+    short_word_ = length == 1 || info.abbreviation;
   }
 }
 
-void Parser::add_word(std::uint64_t hash) {
-  auto& words = (has_tail_ ? tail_ : step_).words;
-  words.push_back(hash);
-  if (last_word_ != 0) words.push_back(pair_hash(last_word_, hash));
-  last_word_ = hash;
+// At "." "!" "?" ";" or a line end that ends a sentence.
+void Parser::end_sentence(bool line) {
+  const std::size_t here = at_++;
+  if (t_[here] == '.' && before_ == kWord && short_word_ && !is_gap(t_[here - 1])) return;
+  if (answer_.active) {
+    settle(answer_);
+    steps_.drop();
+  } else {
+    steps_.end_step();
+  }
+  before_ = kStart;
+  asked_ = false;
+  start_of_line_ = line;
 }
 
-void Parser::add_shingle(std::uint64_t hash) {
-  window_[0] = window_[1];
-  window_[1] = window_[2];
-  window_[2] = mix(hash);
-  if (++window_size_ >= 3)
-    shingles_.push_back(pair_hash(pair_hash(window_[0], window_[1]), window_[2]));
+// A LaTeX command at "\": the operator that it means, or 0.
+char Parser::read_command() {
+  std::size_t end = at_ + 1;
+  while (end < t_.size() && is_ascii_letter(t_[end])) ++end;
+  const std::string_view command = t_.substr(at_ + 1, end - at_ - 1);
+  at_ = end;
+  if (command == "times" || command == "cdot") return '*';
+  if (command == "div") return '/';
+  if (command == "boxed") {
+    boxed_.begin();
+    depth_ = 0;
+  }
+  return 0;
 }
 
-bool Parser::run(std::string_view text) {
-  normalise(text, text_);
-  const std::string_view t = text_;
-  enum Before { kStart, kNumber, kWord, kOperator, kEqual, kClose } before = kStart;
-  bool start_of_line = true, asked = false, negative = false;
-  bool short_word = false;  // the word before may end in "." without ending the sentence
-  int depth = 0;
-  std::size_t at = 0;
-  reset_step();
+// Everything that is neither number, word, space nor the end of a sentence.
+void Parser::read_mark() {
+  const char c = t_[at_];
+  char op = 0;
+  switch (c) {
+    case '<': {
+      std::size_t end = 0;
+      if (peek(1) == '<' && is_note(t_, at_, end))
+        at_ = before_ == kEqual ? end : at_ + 2;
+      else
+        ++at_;
+      return;
+    }
+    case '#':
+      if (t_.compare(at_, 4, "####") == 0) return begin_answer(at_ + 4);
+      ++at_;
+      return;
+    case '\\':
+      if (!is_ascii_letter(peek(1))) {
+        ++at_;
+        return;
+      }
+      op = read_command();
+      break;
+    case '=':
+      if (asked_) return begin_answer(at_ + 1);
+      ++at_;
+      return take_equals();
+    case '*':
+      if (peek(1) == '*') {  // bold
+        while (at_ < t_.size() && t_[at_] == '*') ++at_;
+        return;
+      }
+      [[fallthrough]];
+    case '-':
+    case '+':
+    case '/':
+      ++at_;
+      op = c;
+      break;
+    case '{':
+      ++at_;
+      ++depth_;
+      return;
+    case '}':
+      ++at_;
+      --depth_;
+      if (boxed_.active && depth_ <= 0)
+        settle(boxed_);
+      else if (peek(0) == '{')
+        op = '/';  // \frac{a}{b}
+      break;
+    case ')':
+    case ']':
+      ++at_;
+      before_ = kClose;
+      return;
+    case ':':
+      if (asked_) return begin_answer(at_ + 1);
+      [[fallthrough]];
+    case ',':
+      ++at_;
+      before_ = kStart;
+      steps_.see_comma();
+      return;
+    default:
+      ++at_;
+      return;
+  }
+  if (op == 0) return;
+  if (op == '-') {
+    negative_ = before_ == kStart || before_ == kOperator || before_ == kEqual;
+    if (negative_) return;  // a sign
+  }
+  if (Answer* answer = target()) answer->divide(op == '/');
+  if (!answer_.active) steps_.operation(operator_bit(op), op != '-' || before_ == kNumber);
+  before_ = kOperator;
+}
+
+bool Parser::run(std::string_view text, StepGraphs& out) {
+  t_ = normalise(text, text_);
+  at_ = 0;
+  before_ = kStart;
+  start_of_line_ = true;
+  asked_ = negative_ = short_word_ = false;
+  depth_ = 0;
   answer_.active = boxed_.active = false;
   answer_kind_ = kNoAnswer;
   answer_key_ = 0;
-  last_result_.clear();
-  shingles_.clear();
-  window_size_ = 0;
-  too_long_ = false;
+  steps_.start(out, max_steps_);
+  surface_.start();
 
-  while (at < t.size() && !too_long_) {
-    if (start_of_line) {
-      start_of_line = false;
-      at = skip_line_start(t, at);
-      if (at >= t.size()) break;
-    }
-    const std::size_t here = at;
-    const char c = t[at];
-    const auto uc = static_cast<unsigned char>(c);
-    Answer* target = answer_.active ? &answer_ : boxed_.active ? &boxed_ : nullptr;
-
-    if (is_space(c) || c == '\0') {
-      ++at;
+  while (at_ < t_.size() && !steps_.too_long()) {
+    if (start_of_line_) {
+      start_of_line_ = false;
+      at_ = skip_line_start(t_, at_);
       continue;
     }
-    // ---- numbers
-    if (std::size_t end = scan_number(t, at); end != at) {
-      std::string_view spelling = t.substr(at, end - at);
-      at = end;
-      asked = false;
-      add_shingle(fnv(spelling));
-      std::int64_t key = number_key(spelling);
-      if (negative && signed_at(t, here)) key = -key;
-      if (target) target->number(key);
-      if (!answer_.active) add_number(key, before == kEqual);
-      before = kNumber;
-      continue;
-    }
-    // ---- words
-    if (is_letter(uc)) {
-      std::uint64_t hash = kFnvStart, before_last = kFnvStart;
-      std::size_t length = 0;
-      char last = 0, second_last = 0;
-      const bool keep = target != nullptr;
-      lower_.clear();
-      for (; at < t.size(); ++at) {
-        auto b = static_cast<unsigned char>(t[at]);
-        if (b == '\'') continue;
-        if (b >= 'A' && b <= 'Z') b = static_cast<unsigned char>(b + 32);
-        if (!is_letter(b) && !is_digit(b)) break;
-        before_last = hash;
-        hash = fnv_step(hash, b);
-        second_last = last;
-        last = static_cast<char>(b);
-        ++length;
-        if (keep) lower_.push_back(last);
+    const char c = t_[at_];
+    switch (kChars.of[static_cast<unsigned char>(c)]) {
+      case kSpace:
+        ++at_;
+        break;
+      case kLetter:
+        read_word();
+        break;
+      case kDigit:
+        read_number(scan_number(t_, at_));
+        break;
+      case kStopMark: {
+        if (const std::size_t end = scan_number(t_, at_); end != at_)
+          read_number(end);  // ".5"
+        else if (c == '\n' || at_ + 1 == t_.size() || may_follow_stop(t_[at_ + 1]))
+          end_sentence(c == '\n');
+        else
+          ++at_;
+        break;
       }
-      const WordInfo& info = find_word(hash);
-      if (asked && (hash == kIs || hash == kAre || hash == kBe)) {
-        begin_answer();
-        asked = false;
-        before = kStart;
-        continue;
-      }
-      asked = info.kind == kAnswerWord;
-      add_shingle(hash);
-      std::uint8_t op = 0;
-      if (hash == kX && before == kNumber) op = 4;
-      if (info.kind == kOperatorWord) op = info.value;
-      if (info.kind == kNumberWord && !answer_.active) {
-        std::int64_t key = info.value * kMicro;
-        if (negative && signed_at(t, here)) key = -key;
-        if (target) target->number(key);
-        add_number(key, before == kEqual);
-        before = kNumber;
-      } else if (op != 0) {
-        if (target) target->divide(false);
-        if (!answer_.active) {
-          if (has_tail_ && tail_.numbers.empty()) retract();
-          (has_tail_ ? tail_ : step_).operators |= op;
-        }
-        before = kOperator;
-      } else if (info.kind == kEquals) {
-        if (target) target->equals();
-        if (!answer_.active && has_tail_ && tail_.begins_equation()) {
-          Step rest;
-          std::swap(rest, tail_);
-          has_tail_ = false;
-          flush();
-          reset_step();
-          std::swap(step_, rest);
-        }
-        before = kEqual;
-      } else {
-        if (target) target->word(lower_);
-        tail_.word = true;
-        if (!answer_.active && info.kind != kStop) {
-          bool plural = length > 3 && last == 's' && second_last != 's';
-          add_word(mix(plural ? before_last : hash));
-        }
-        before = kWord;
-        short_word = length == 1 || info.abbreviation;
-      }
-      continue;
+      case kMark:
+        read_mark();
+        break;
     }
-    // ---- ends of lines and sentences
-    bool line = c == '\n';
-    bool stop = false;
-    if (c == '.' || c == '!' || c == '?' || c == ';') {
-      char n = at + 1 < t.size() ? t[at + 1] : '\n';
-      stop = is_space(n) || n == '\n' || n == '"' || n == '\'' || n == ')' || n == '*' || n == ']';
-    }
-    if (line || stop) {
-      ++at;
-      if (stop && c == '.' && before == kWord && short_word && !is_gap(t[here - 1])) continue;
-      if (answer_.active)
-        settle(answer_);
-      else
-        flush();
-      reset_step();
-      before = kStart;
-      asked = false;
-      start_of_line = line;
-      continue;
-    }
-    // ---- marks of several bytes
-    if (c == '<' && at + 1 < t.size() && t[at + 1] == '<') {
-      std::size_t end = 0;
-      if (is_note(t, at, end)) {
-        at = before == kEqual ? end : at + 2;
-        continue;
-      }
-    }
-    if ((c == '#' && t.compare(at, 4, "####") == 0) || (asked && (c == ':' || c == '='))) {
-      at += c == '#' ? 4 : 1;
-      begin_answer();
-      asked = false;
-      before = kStart;
-      continue;
-    }
-    char op = 0;
-    if (c == '\\' && at + 1 < t.size() && static_cast<unsigned char>(t[at + 1]) < 0x80 &&
-        is_letter(static_cast<unsigned char>(t[at + 1]))) {
-      std::size_t end = at + 1;
-      while (end < t.size() && static_cast<unsigned char>(t[end]) < 0x80 &&
-             is_letter(static_cast<unsigned char>(t[end])))
-        ++end;
-      std::string_view command = t.substr(at + 1, end - at - 1);
-      at = end;
-      if (command == "boxed") {
-        boxed_.begin();
-        depth = 0;
-      } else if (command == "times" || command == "cdot") {
-        op = '*';
-      } else if (command == "div") {
-        op = '/';
-      }
-      if (op == 0) continue;
-    } else if (c == '*' && at + 1 < t.size() && t[at + 1] == '*') {
-      while (at < t.size() && t[at] == '*') ++at;
-      continue;
-    } else if (c == '-' || c == '+' || c == '*' || c == '/' || c == '=') {
-      ++at;
-      op = c;
-    } else {
-      ++at;
-      if (c == '{') {
-        ++depth;
-      } else if (c == '}') {
-        --depth;
-        if (boxed_.active && depth <= 0)
-          settle(boxed_);
-        else if (at < t.size() && t[at] == '{')
-          op = '/';  // \frac{a}{b}
-      } else if (c == ')' || c == ']') {
-        before = kClose;
-      } else if (c == ',' || c == ':') {
-        before = kStart;
-        tail_.comma = true;
-      }
-      if (op == 0) continue;
-    }
-    // ---- operators
-    if (op == '=') {
-      if (target) target->equals();
-      if (!answer_.active && has_tail_ && tail_.begins_equation()) {
-        Step rest;
-        std::swap(rest, tail_);
-        has_tail_ = false;
-        flush();
-        reset_step();
-        std::swap(step_, rest);
-      }
-      before = kEqual;
-      continue;
-    }
-    if (op == '-') {
-      negative = before == kStart || before == kOperator || before == kEqual;
-      if (negative) continue;  // a sign
-    }
-    if (target) target->divide(op == '/');
-    if (!answer_.active) {
-      if (has_tail_ && tail_.numbers.empty() && (op != '-' || before == kNumber)) retract();
-      (has_tail_ ? tail_ : step_).operators |= operator_bit(op);
-    }
-    before = kOperator;
   }
   if (boxed_.active) settle(boxed_);
   if (answer_.active)
     settle(answer_);
   else
-    flush();
-  return !too_long_;
+    steps_.end_step();
+  return !steps_.too_long();
 }
 
 // The last result, or the last computed one if the last step speaks of it.
-void Parser::imply_answer() {
-  const StepGraphs& g = *out_;
+void Parser::imply_answer(const StepGraphs& g) {
+  const auto first_node = static_cast<std::int64_t>(steps_.first_node());
   std::int64_t last = -1, stated = -1;
-  for (auto i = static_cast<std::int64_t>(first_node_); i < static_cast<std::int64_t>(g.nodes()); ++i) {
+  for (auto i = first_node; i < static_cast<std::int64_t>(g.nodes()); ++i) {
     if (g.result_kind[i] != kNoResult) last = i;
     if (g.result_kind[i] == kStatedResult) stated = i;
   }
@@ -464,27 +333,23 @@ void Parser::imply_answer() {
 }
 
 bool Parser::parse(std::string_view text, StepGraphs& g) {
-  out_ = &g;
-  first_node_ = g.nodes();
-  const std::size_t first_number = g.numbers.size(), first_edge = g.edge_source.size();
-  if (!run(text)) {
-    g.result.resize(first_node_);
-    g.result_kind.resize(first_node_);
-    g.operators.resize(first_node_);
-    g.signature.resize(first_node_);
-    g.cu_numbers.resize(first_node_ + 1);
-    g.numbers.resize(first_number);
-    g.edge_source.resize(first_edge);
-    g.edge_target.resize(first_edge);
-    g.edge_type.resize(first_edge);
+  const std::size_t nodes = g.nodes(), numbers = g.numbers.size(), edges = g.edge_source.size();
+  if (!run(text, g)) {
+    g.result.resize(nodes);
+    g.result_kind.resize(nodes);
+    g.operators.resize(nodes);
+    g.signature.resize(nodes);
+    g.cu_numbers.resize(nodes + 1);
+    g.numbers.resize(numbers);
+    g.edge_source.resize(edges);
+    g.edge_target.resize(edges);
+    g.edge_type.resize(edges);
     return false;
   }
-  if (answer_kind_ == kNoAnswer) imply_answer();
+  if (answer_kind_ == kNoAnswer) imply_answer(g);
   g.answer.push_back(answer_key_);
   g.answer_kind.push_back(answer_kind_);
-  sort_hashes(shingles_, sorted_);
-  g.shingles.insert(g.shingles.end(), sorted_.begin(),
-                    std::unique(sorted_.begin(), sorted_.end()));
+  surface_.finish(g.shingles);
   g.cu_nodes.push_back(static_cast<std::int64_t>(g.nodes()));
   g.cu_edges.push_back(static_cast<std::int64_t>(g.edge_source.size()));
   g.cu_shingles.push_back(static_cast<std::int64_t>(g.shingles.size()));
@@ -493,12 +358,10 @@ bool Parser::parse(std::string_view text, StepGraphs& g) {
 
 bool Parser::answer_key(std::string_view text, std::int64_t& key) {
   // line ends inside a given answer separate nothing
-  std::string marked = "#### ";
-  for (char c : text) marked.push_back(c == '\n' ? ' ' : c);
-  StepGraphs scratch;
-  out_ = &scratch;
-  first_node_ = 0;
-  run(marked);
+  marked_ = "#### ";
+  for (char c : text) marked_.push_back(c == '\n' ? ' ' : c);
+  scratch_.clear();
+  run(marked_, scratch_);
   if (answer_kind_ != kExplicitAnswer) return false;
   key = answer_key_;
   return true;

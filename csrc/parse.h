@@ -12,11 +12,11 @@
 
 #include <string>
 #include <string_view>
-#include <unordered_map>
-#include <vector>
 
 #include "answer.h"
 #include "graph.h"
+#include "steps.h"
+#include "surface.h"
 
 namespace compact {
 
@@ -32,48 +32,42 @@ class Parser {
   bool answer_key(std::string_view text, std::int64_t& key);
 
  private:
-  struct Step {
-    std::vector<std::int64_t> numbers;
-    std::vector<std::uint64_t> words;
-    std::uint8_t operators = 0;
-    bool comma = false, word = false;  // seen at all
-    // Does this, found between two "=", begin a new equation rather than continue a chain?
-    bool begins_equation() const {
-      return (!numbers.empty() && (word || comma)) || (word && comma);
-    }
-    void clear() { numbers.clear(), words.clear(), operators = 0, comma = word = false; }
-    void take(Step& other);
-  };
-  void reset_step();
-  void merge();
-  void retract();
-  void flush();
-  void begin_answer();
+  enum Before : std::uint8_t { kStart, kNumber, kWord, kOperator, kEqual, kClose };
+
+  bool run(std::string_view text, StepGraphs& out);
+  void read_number(std::size_t end);
+  void read_word();
+  void read_mark();
+  char read_command();
+  void end_sentence(bool line);
+  void begin_answer(std::size_t behind);
   void settle(Answer& answer);
-  void add_number(std::int64_t key, bool after_equals);
-  void add_word(std::uint64_t hash);
-  void add_shingle(std::uint64_t hash);
-  void imply_answer();
-  bool run(std::string_view text);
+  void take_number(std::int64_t key, std::size_t from);
+  void take_equals();
+  void imply_answer(const StepGraphs& g);
+
+  // The answer that tokens belong to as well, if one is being read.
+  Answer* target() { return answer_.active ? &answer_ : boxed_.active ? &boxed_ : nullptr; }
+  char peek(std::size_t ahead) const { return at_ + ahead < t_.size() ? t_[at_ + ahead] : '\0'; }
 
   std::int64_t max_steps_ = 512;
-  StepGraphs* out_ = nullptr;
-  std::size_t first_node_ = 0;
-  bool too_long_ = false;
-  std::string text_, lower_;
-  // the step being read; `tail_` is what followed its finished equation
-  Step step_, tail_;
-  bool has_tail_ = false, has_equation_ = false;
-  std::int64_t equation_ = 0;
-  std::uint64_t last_word_ = 0;
+  std::string text_, lower_;  // normalised text; the word being read, in lower case
+  std::string marked_;        // answer_key(): the answer with a mark in front
+  StepGraphs scratch_;
+  std::string_view t_;
+  std::size_t at_ = 0;
+  Before before_ = kStart;
+  bool start_of_line_ = true;
+  bool asked_ = false;       // "answer" was the word before
+  bool negative_ = false;    // the last "-" was a sign
+  bool short_word_ = false;  // the word before may end in "." without ending the sentence
+  int depth_ = 0;            // of braces inside \boxed{}
+
+  StepBuilder steps_;
+  Surface surface_;
   Answer answer_, boxed_;
   std::int64_t answer_key_ = 0;
   AnswerKind answer_kind_ = kNoAnswer;
-  std::unordered_map<std::int64_t, std::int32_t> last_result_;
-  std::vector<std::int32_t> sources_;
-  std::uint64_t window_[3] = {0, 0, 0};
-  int window_size_ = 0;
-  std::vector<std::uint64_t> shingles_, sorted_;
 };
 
 }  // namespace compact

@@ -31,15 +31,24 @@ constexpr std::array<Replacement, 32> kReplacements{{
     {nullptr, nullptr},       {nullptr, nullptr},
 }};
 
+// The first byte from `at` on that is not ASCII, or the end.
+std::size_t end_of_ascii(std::string_view text, std::size_t at) {
+  for (std::uint64_t eight; at + 8 <= text.size(); at += 8) {
+    std::memcpy(&eight, text.data() + at, 8);
+    if (eight & 0x8080808080808080ull) break;
+  }
+  while (at < text.size() && static_cast<unsigned char>(text[at]) < 0x80) ++at;
+  return at;
+}
+
 }  // namespace
 
-void normalise(std::string_view text, std::string& out) {
-  out.clear();
-  out.reserve(text.size());
-  std::size_t at = 0;
+std::string_view normalise(std::string_view text, std::string& out) {
+  std::size_t at = end_of_ascii(text, 0);
+  if (at == text.size()) return text;
+  out.assign(text.data(), at);
   while (at < text.size()) {
-    std::size_t plain = at;
-    while (plain < text.size() && static_cast<unsigned char>(text[plain]) < 0x80) ++plain;
+    const std::size_t plain = end_of_ascii(text, at);
     out.append(text.data() + at, plain - at);
     at = plain;
     if (at == text.size()) break;
@@ -65,6 +74,7 @@ void normalise(std::string_view text, std::string& out) {
       } while (at < text.size() && (static_cast<unsigned char>(text[at]) & 0xC0) == 0x80);
     }
   }
+  return out;
 }
 
 }  // namespace compact

@@ -25,9 +25,11 @@ constexpr std::uint64_t pair_hash(std::uint64_t a, std::uint64_t b) {
 }
 
 // Rewrites typographic operators, quotes, spaces, fractions and currency as ASCII; every other byte
-// passes through, so any input (valid UTF-8 or not) is safe.
-void normalise(std::string_view text, std::string& out);
+// passes through, so any input (valid UTF-8 or not) is safe. Returns `text` itself where there is
+// nothing to rewrite, else a view of `out`.
+std::string_view normalise(std::string_view text, std::string& out);
 
+constexpr bool is_gap(char c) { return c == ' ' || c == '\t'; }
 constexpr bool is_digit(unsigned char c) { return c >= '0' && c <= '9'; }
 constexpr bool is_letter(unsigned char c) {
   return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c >= 0x80;

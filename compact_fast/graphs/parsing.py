@@ -37,7 +37,7 @@ def parse_rationales(
         arrays = native.parse(texts, options.integers(), check_threads(threads))
     except OverflowError as error:
         raise_parse_error(error)
-    return StepGraphs(**arrays)
+    return StepGraphs.unchecked(arrays)
 
 
 def check_threads(threads: int | None) -> int:

@@ -38,6 +38,13 @@ class StepGraphs:
     def __len__(self) -> int:
         return self.answer.size
 
+    @classmethod
+    def unchecked(cls, arrays: dict[str, NDArray[Any]]) -> StepGraphs:
+        """From the core's own arrays, which need no check."""
+        graphs = object.__new__(cls)
+        graphs.__dict__.update(arrays)
+        return graphs
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The arrays by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
