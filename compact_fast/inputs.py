@@ -25,9 +25,10 @@ def check_loss_inputs(
         raise ValueError("layout holds no question; an empty batch has no loss")
     if hidden.shape[0] != T:
         raise ValueError(f"hidden has {hidden.shape[0]} rows, the layout {T} positions")
-    if layout.device != hidden.device:
+    if layout.device not in (hidden.device, torch.device("cpu")):
         raise ValueError(
-            f"layout is on {layout.device}, hidden on {hidden.device}; use layout.to(hidden.device)"
+            f"layout is on {layout.device}, hidden on {hidden.device}; "
+            "leave it on the CPU, or use layout.to(hidden.device)"
         )
     check_ids("targets", layout.targets, V)
     if layout.gold_ids is not None:

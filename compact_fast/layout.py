@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,10 @@ class TokenLayout:
     teacher_ids: Tensor | None = None  # [S] int64; index into the run's teachers
     question_ids: Tensor | None = None  # [Q] int64; index into the data, keys weighting="random"
     correct: Tensor | None = None  # [S] int64; 1 right, 0 wrong, -1 unknown (counts as not right)
+
+    _origin: ClassVar[TokenLayout | None] = (
+        None  # on a layout that was moved: the one on the CPU that it was made from
+    )
 
     def __post_init__(self) -> None:
         if not torch.compiler.is_compiling() and self.targets.device.type == "cpu":
@@ -178,8 +182,19 @@ class TokenLayout:
         """The same layout on another device."""
         if torch.device(device) == self.device:
             return self
-        moved = {n: t.to(device, non_blocking=non_blocking) for n, t in self.tensors().items()}
-        return TokenLayout(**moved)
+        if self._origin is not None and torch.device(device).type == "cpu":
+            return self._origin
+        moved = TokenLayout(
+            **{n: t.to(device, non_blocking=non_blocking) for n, t in self.tensors().items()}
+        )
+        if self.device.type == "cpu":
+            object.__setattr__(moved, "_origin", self)
+        return moved
+
+    @property
+    def on_host(self) -> TokenLayout:
+        """The layout on the CPU that this one was moved from; where there is none, this one."""
+        return self if self._origin is None else self._origin
 
     def select_questions(self, questions: Sequence[int]) -> TokenLayout:
         """A layout of only these questions, in this order; see `question_positions` for tokens."""

@@ -33,7 +33,8 @@ def compact_loss(
 
     hidden: the student's last hidden states after the final norm, [T, D], any float dtype.
     lm_head_weight: the unembedding, [V, D].
-    layout: where questions, teachers and labels lie; on the same device as `hidden`.
+    layout: where questions, teachers and labels lie; on the CPU, or on the device of `hidden`. One
+        that was made on the CPU is read there, also after `layout.to(device)`.
     consensus: graph consensus of each rationale in [0, 1], [S]. None leaves the graph term out.
     attention: attention consensus of each rationale, [S], for consensus="attention" and "both".
     config: the method's choices, CompactConfig() when None.
@@ -54,7 +55,7 @@ def compact_loss(
         hidden,
         lm_head_weight,
         head_bias,
-        *(getattr(layout, name) for name in ops.LAYOUT_FIELDS),
+        *(getattr(layout.on_host, name) for name in ops.LAYOUT_FIELDS),
         consensus,
         attention,
         (_DEFAULT if config is None else config).text,
@@ -72,6 +73,8 @@ def compact_loss(
         del out[name]
     if not statistics:
         out["token_entropy"] = out["token_correct"] = None
+    if config is None or config.skip_below == 0:
+        out["kept_share"] = out["gradient_error"] = None
     return CompactOutput(**out)
 
 

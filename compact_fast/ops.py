@@ -36,7 +36,7 @@ SCORE_AND_LOSS = (
     "Tensor loss_consistency, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, "
     "Tensor weights, Tensor nll, Tensor mi, Tensor consensus, Tensor score, Tensor token_logp, "
     "Tensor consistency, Tensor filtered, Tensor nonfinite, Tensor skipped, Tensor token_entropy, "
-    "Tensor token_correct)"
+    "Tensor token_correct, Tensor kept_share, Tensor gradient_error)"
 )
 RESULTS = tuple(part.split()[-1].rstrip(")") for part in SCORE_AND_LOSS.split("->")[1].split(","))
 
@@ -68,6 +68,13 @@ def score_and_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: A
     config = CompactConfig.from_text(config_text)
     check_loss_inputs(hidden, weight, layout, consensus, attention, config, bias)
     run = resolve(backend, _spec(hidden, weight, bias))
+    if config.skip_below > 0 and not getattr(run, "skips_blocks", False):
+        raise ValueError(
+            f"skip_below={config.skip_below}: backend {run.name!r} leaves no gradients out; set it "
+            "to 0, or use backend 'torch'"
+        )
+    if not getattr(run, "takes_host_layout", False):
+        layout = layout.to(hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         result = run.score_and_loss(
             hidden, weight, bias, layout, consensus, attention, config, normalizer,
@@ -84,16 +91,18 @@ def score_and_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: A
     empty = {
         "token_entropy": result.token_logp.new_empty(0),
         "token_correct": result.skipped.new_empty(0),
+        "kept_share": result.token_logp.new_empty(0),
+        "gradient_error": result.token_logp.new_empty(0),
     }
-    return tuple(
-        grads[n] if n in grads else empty[n] if values[n] is None else values[n] for n in RESULTS
-    )
+    found = {**values, **grads}
+    return tuple(empty[n] if found.get(n) is None else found[n] for n in RESULTS)
 
 
 @score_and_loss.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
     targets, cu_seqlens, cu_teachers = rest[:3]
     need_hidden, need_weight, need_bias, statistics = rest[18:22]
+    skips = CompactConfig.from_text(rest[16]).skip_below > 0
     T, S, Q = targets.shape[0], cu_seqlens.shape[0] - 1, cu_teachers.shape[0] - 1
 
     def new(size: tuple[Any, ...], dtype: torch.dtype | None = None) -> Tensor:
@@ -115,6 +124,8 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
         new((Q,), flag),
         new((T,) if statistics else (0,)),
         new((T,) if statistics else (0,), flag),
+        new(() if skips else (0,)),
+        new((3,) if skips else (0,)),
     )
 
 

@@ -74,3 +74,13 @@ def test_select_questions_keeps_every_field_in_step():
         a, b = cut.answer_spans[s].tolist()
         assert cut.cu_seqlens[s] <= a < b <= cut.cu_seqlens[s + 1]
         assert (cut.token_sequence[a:b] == s).all()
+
+
+def test_a_moved_layout_remembers_where_it_came_from():
+    """So that a step on a device can read it without waiting."""
+    layout = small()
+    moved = layout.to("meta")
+    assert moved.device.type == "meta"
+    assert moved.on_host is layout
+    assert moved.to("cpu") is layout
+    assert layout.on_host is layout

@@ -45,6 +45,7 @@ class TritonBackend:
     tier: Tier = "auto"
     name: str = "triton"
     abi: int = ABI
+    takes_host_layout: bool = True
 
     def can_run(self, spec: RunSpec) -> bool | str:
         """True, or what is missing."""
@@ -83,24 +84,30 @@ class TritonBackend:
         needs: Needs,
         statistics: bool,
     ) -> LossResult:
-        """See CompactBackend. The layout may also lie on the CPU: then nothing waits for the
-        device."""
+        """See CompactBackend. With a layout on the CPU nothing waits for the device."""
         from compact_fast.backends.triton_pass import TritonPass
-        from compact_fast.backends.triton_plan import host_copy, make_plan
+        from compact_fast.backends.triton_plan import make_plan
         from compact_fast.backends.triton_rows import DeviceHead
 
-        head = DeviceHead.of(self, hidden, weight, bias)
-        work = TritonPass(
-            head=head,
-            layout=layout.to(hidden.device, non_blocking=True),
-            plan=make_plan(host_copy(layout), config, hidden.device, head.max_rows),
-            consensus=consensus,
-            attention=attention,
-            config=config,
-            normalizer=normalizer,
-            statistics=statistics,
-        )
+        if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "compact_loss cannot be captured in a CUDA graph: how many rows it multiplies "
+                "depends on the layout; capture the student alone"
+            )
+        hidden = hidden.detach()
+        if hidden.stride(1) != 1:
+            hidden = hidden.contiguous()
         with _device_of(hidden):
+            head = DeviceHead.of(self, hidden, weight, bias)
+            work = TritonPass(
+                head=head,
+                plan=make_plan(layout.to("cpu"), config, hidden.device, head.max_rows),
+                consensus=None if consensus is None else consensus.contiguous(),
+                attention=None if attention is None else attention.contiguous(),
+                config=config,
+                normalizer=normalizer,
+                statistics=statistics,
+            )
             return work.run(hidden, weight, bias, needs)
 
     def token_logp(
@@ -114,9 +121,9 @@ class TritonBackend:
         """See CompactBackend."""
         from compact_fast.backends.triton_rows import DeviceHead, TokenStatistics
 
-        head = DeviceHead.of(self, hidden, weight, bias)
-        stats = TokenStatistics.empty(targets, statistics=statistics)
         with _device_of(hidden):
+            head = DeviceHead.of(self, hidden, weight, bias)
+            stats = TokenStatistics.empty(targets, statistics=statistics)
             for rows in torch.split((targets >= 0).nonzero().squeeze(1), head.max_rows):
                 x, y = head.take(hidden, rows), targets[rows]
                 stats.record(rows, head.measure(x, y, keep=False, statistics=statistics)[1])
@@ -132,13 +139,12 @@ class TritonBackend:
         needs: Needs,
     ) -> Gradients:
         """See CompactBackend; logits are made again."""
-        from compact_fast.backends.torch_backend import _GradientSums
-        from compact_fast.backends.triton_rows import DeviceHead
+        from compact_fast.backends.triton_rows import DeviceHead, GradientSums
 
-        head = DeviceHead.of(self, hidden, weight, bias)
-        grads = _GradientSums.zeros(hidden, weight, bias, needs, torch.float32)
         wanted = (targets >= 0) & (grad_logp != 0)
         with _device_of(hidden):
+            head = DeviceHead.of(self, hidden, weight, bias)
+            grads = GradientSums.zeros(hidden, weight, bias, needs)
             for rows in torch.split(wanted.nonzero().squeeze(1), head.max_rows):
                 x = head.take(hidden, rows)
                 exps, out = head.measure(x, targets[rows], keep=True, statistics=False)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from compact_fast.backends.protocol import LossResult, Needs
-from compact_fast.backends.torch_backend import _GradientSums as GradientSums
 from compact_fast.backends.triton_plan import (
     ConsistencyPlan,
     Group,
@@ -17,9 +16,8 @@ from compact_fast.backends.triton_plan import (
     information_of,
     weight_rule,
 )
-from compact_fast.backends.triton_rows import DeviceHead, TokenStatistics
+from compact_fast.backends.triton_rows import DeviceHead, GradientSums, TokenStatistics, say_once
 from compact_fast.config import CompactConfig
-from compact_fast.layout import TokenLayout
 from compact_fast.triton_kernels.consistency import consistency
 from compact_fast.triton_kernels.gradient_rows import clear_rows, row_factors, scale_rows
 from compact_fast.triton_kernels.row_statistics import RowStatistics, row_dot
@@ -38,7 +36,6 @@ class TritonPass:
     """One evaluation of the loss. Everything is on the device."""
 
     head: DeviceHead
-    layout: TokenLayout
     plan: Plan
     consensus: Tensor | None
     attention: Tensor | None
@@ -48,8 +45,8 @@ class TritonPass:
 
     def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> LossResult:
         """Loss, figures, and the gradients that are needed."""
-        grads = GradientSums.zeros(hidden, weight, bias, needs, torch.float32)
-        stats = TokenStatistics.empty(self.layout.targets, statistics=self.statistics)
+        grads = GradientSums.zeros(hidden, weight, bias, needs)
+        stats = TokenStatistics.empty(self.plan.targets, statistics=self.statistics)
         gold_logit = self._gold_logit(hidden)
         if grads.head:
             parts = [
@@ -91,9 +88,9 @@ class TritonPass:
         self, hidden: Tensor, stats: TokenStatistics, gold_logit: Tensor | None, out: Tensor | None
     ) -> _Scores:
         """A frozen head: rows are made without their weights, which multiply them at the end."""
-        layout, rows = self.layout, self.plan.rows
+        plan, rows = self.plan, self.plan.rows
         for at in torch.split(rows, self.head.max_rows):
-            x, y = self.head.take(hidden, at), layout.targets[at]
+            x, y = self.head.take(hidden, at), plan.targets[at]
             exps, measured = self.head.measure(
                 x, y, keep=out is not None, statistics=self.statistics
             )
@@ -103,7 +100,7 @@ class TritonPass:
                 self.head.add_gradients(
                     unscaled, at, x, exps, measured.total.reciprocal(), add=False
                 )
-        everything = Group(slice(0, layout.num_questions), slice(0, layout.num_sequences), slice(0))
+        everything = Group(slice(0, plan.num_questions), slice(0, plan.num_sequences), slice(0))
         scores = self._score(everything, stats, gold_logit)
         if out is not None:
             ones = torch.ones(rows.numel(), dtype=torch.float32, device=rows.device)
@@ -120,24 +117,29 @@ class TritonPass:
         grads: GradientSums,
     ) -> _Scores:
         """A trained head needs the weights before its product: rows are held, or made twice."""
-        layout = self.layout
+        targets = self.plan.targets
         rows = self.plan.rows[group.rows]
         n = rows.numel()
         if 0 < n <= self.head.most_held_rows:
-            x, y = self.head.take(hidden, rows), layout.targets[rows]
+            x, y = self.head.take(hidden, rows), targets[rows]
             exps, measured = self.head.measure(x, y, keep=True, statistics=self.statistics)
             stats.record(rows, measured)
             scores = self._score(group, stats, gold_logit)
             assert exps is not None
             self._add(group, rows, x, exps, measured, scores, grads)
             return scores
+        if n:
+            say_once(
+                f"a question of {n:,} rows does not fit hold_bytes={self.head.hold_bytes:,}: "
+                "with a trained head its logits are made twice"
+            )
         chunks = torch.split(rows, self.head.max_rows) if n else ()
         for at in chunks:
-            x, y = self.head.take(hidden, at), layout.targets[at]
+            x, y = self.head.take(hidden, at), targets[at]
             stats.record(at, self.head.measure(x, y, keep=False, statistics=self.statistics)[1])
         scores = self._score(group, stats, gold_logit)
         for at in chunks:
-            x, y = self.head.take(hidden, at), layout.targets[at]
+            x, y = self.head.take(hidden, at), targets[at]
             exps, measured = self.head.measure(x, y, keep=True, statistics=False)
             assert exps is not None
             self._add(group, at, x, exps, measured, scores, grads)
@@ -159,12 +161,12 @@ class TritonPass:
 
     def _factors(self, group: Group, rows: Tensor, total: Tensor, scores: _Scores) -> Tensor:
         """alpha / |A| / total of each row; 0 without a label or a weight, [n]."""
-        layout, s = self.layout, group.sequences
+        plan, s = self.plan, group.sequences
         factor: Tensor = row_factors(
             scores.shares.weights,
-            layout.label_counts[s],
-            layout.token_sequence[rows],
-            layout.targets[rows],
+            plan.label_counts[s],
+            plan.token_sequence[rows],
+            plan.targets[rows],
             total,
             first_sequence=s.start,
         )
@@ -174,15 +176,14 @@ class TritonPass:
 
     def _gold_logit(self, hidden: Tensor) -> Tensor | None:
         """<h_t, mean of the question's gold rows> where MI needs it, 0 elsewhere, [T]."""
-        layout, plan = self.layout, self.plan
-        if layout.gold_ids is None or layout.cu_gold is None or self.config.mi == "pvi":
+        plan, counts = self.plan, self.plan.gold_counts
+        if plan.gold_ids is None or counts is None:
             return None
-        counts = layout.cu_gold.diff()
-        rows = self.head.weight[layout.gold_ids].float()
+        rows = self.head.weight[plan.gold_ids].float()
         # in the order of the tokens; index_add would use atomics
         total = torch.segment_reduce(rows, "sum", lengths=counts, axis=0, unsafe=True)
         gold = total / counts[:, None]  # [Q, D]; NaN without a gold answer
-        out = torch.zeros(layout.num_tokens, dtype=torch.float32, device=layout.device)
+        out = torch.zeros_like(plan.targets, dtype=torch.float32)
         out[plan.information_rows] = row_dot(
             hidden.detach(), gold, plan.information_question, rows=plan.information_rows
         )
@@ -190,21 +191,21 @@ class TritonPass:
 
     def _score(self, group: Group, stats: TokenStatistics, gold_logit: Tensor | None) -> _Scores:
         """Scores and weights of the group's sequences, once their statistics are there."""
-        layout, config, s, q = self.layout, self.config, group.sequences, group.questions
+        plan, config, s, q = self.plan, self.config, group.sequences, group.questions
         mi, nll = sequence_scores(
             stats.logp,
-            layout.targets,
-            layout.cu_seqlens[s.start : s.stop + 1],
-            information_of(layout, config, gold_logit, stats.logsumexp, s),
+            plan.targets,
+            plan.cu_seqlens[s.start : s.stop + 1],
+            information_of(plan, config, gold_logit, stats.logsumexp, s),
         )
-        rule, consensus, shares = weight_rule(layout, config, self.consensus, self.attention)
+        rule, consensus = weight_rule(config, self.consensus, self.attention)
         weights = teacher_weights(
             mi,
             nll,
             None if consensus is None else consensus[s],
             None if self.attention is None else self.attention[s],
-            None if shares is None else shares[s],
-            layout.cu_teachers[q.start : q.stop + 1],
+            None if plan.shares is None else plan.shares[s],
+            plan.cu_teachers[q.start : q.stop + 1],
             rule,
             most_teachers=self.plan.most_teachers,
             first_sequence=s.start,
@@ -217,7 +218,7 @@ class TritonPass:
         """sum_{i<j} alpha_i alpha_j D_ij of each question, [Q]; lambda x its gradient is added."""
         plan = self.plan.consistency
         if plan is None:
-            return alpha.new_zeros(self.layout.num_questions)
+            return alpha.new_zeros(self.plan.num_questions)
         step = max(1, self.head.chunk_bytes // (4 * self.head.vocab * plan.teachers))
         step *= plan.teachers
         values = [

@@ -1,13 +1,15 @@
-"""What the host decides before a step on a GPU, from the layout's copy on the CPU.
+"""What the host decides before a step on a GPU, from a layout on the CPU.
 
 Everything that depends on values measured in the step stays on the device; everything here depends
-on the layout and the configuration alone, so that the step itself never waits for the device.
+on the layout and the configuration alone. It reaches the device in one copy that the host does not
+wait for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,18 +31,6 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The host's decisions; tensors are on the device."""
-
-    rows: Tensor  # [n] int64; packed positions that need logits
-    groups: list[Group]  # rows of a group fit a chunk, or it is one question
-    most_teachers: int
-    information_rows: Tensor  # [m] int64; packed positions where MI reads the gold logit
-    information_question: Tensor  # [m] int64
-    consistency: ConsistencyPlan | None
-
-
-@dataclass(frozen=True)
 class ConsistencyPlan:
     """B aligned tokens of K rows each; a row that is not there has length 0."""
 
@@ -51,43 +41,100 @@ class ConsistencyPlan:
     tokens: Tensor  # [Q] int64; aligned tokens of each question
 
 
-def host_copy(layout: TokenLayout) -> TokenLayout:
-    """What the plan needs of a layout, on the CPU; a layout that is there already is not copied."""
-    if layout.device.type == "cpu":
-        return layout
-    kept = ("targets", "cu_seqlens", "cu_teachers", "assistant", "real", "gold_ids", "cu_gold")
-    fields = layout.tensors()
-    wanted = {name: fields[name] for name in (*kept, "answer_spans") if name in fields}
-    return TokenLayout(**{name: value.to("cpu") for name, value in wanted.items()})
+@dataclass(frozen=True)
+class Plan:
+    """The host's decisions, and the layout as far as kernels read it; tensors on the device."""
+
+    num_sequences: int
+    num_questions: int
+    groups: list[Group]  # rows of a group fit a chunk, or it is one question
+    most_teachers: int
+    targets: Tensor  # [T] int64
+    cu_seqlens: Tensor  # [S+1] int64
+    cu_teachers: Tensor  # [Q+1] int64
+    token_sequence: Tensor  # [T] int64
+    label_counts: Tensor  # [S] int64
+    rows: Tensor  # [n] int64; packed positions that need logits
+    information_rows: Tensor  # [m] int64; packed positions where MI reads the gold logit
+    information_question: Tensor  # [m] int64
+    counted: Tensor  # [T] bool; positions whose gain enters MI
+    thinking: Tensor | None  # [T] bool
+    gold_ids: Tensor | None  # [G] int64; None: MI does not read them
+    gold_counts: Tensor | None  # [Q] int64
+    spans: Tensor | None  # [S, 2] int64; for mi="pvi"
+    prior: Tensor | None  # [S] float32; for mi="pvi"
+    shares: Tensor | None  # [S] float64; raw shares of the weightings that do not look at scores
+    consistency: ConsistencyPlan | None
 
 
 def make_plan(
     host: TokenLayout, config: CompactConfig, device: torch.device, max_rows: int
 ) -> Plan:
     """Decide rows, groups and consistency blocks. host: a layout on the CPU."""
-
-    def send(value: Tensor) -> Tensor:
-        if device.type == "cuda":
-            value = value.pin_memory()
-        return value.to(device, non_blocking=True)
-
     needed = host.labelled
     information = torch.zeros_like(needed)
-    if host.gold_ids is not None and config.mi != "pvi":
+    reads_gold = host.gold_ids is not None and config.mi != "pvi"
+    if reads_gold:
         information = information_positions(host, config)
     if config.mi == "logprob":
         needed = needed | information
     rows = needed.nonzero().squeeze(1)
     at = information.nonzero().squeeze(1)
-    question = host.sequence_question[host.token_sequence[at]]
+    widest, blocks = _consistency(host, config)
+    there = send(
+        {
+            "targets": host.targets,
+            "cu_seqlens": host.cu_seqlens,
+            "cu_teachers": host.cu_teachers,
+            "token_sequence": host.token_sequence,
+            "label_counts": host.label_counts,
+            "rows": rows,
+            "information_rows": at,
+            "information_question": host.sequence_question[host.token_sequence[at]],
+            "counted": counted_positions(host, config),
+            "thinking": host.thinking,
+            "gold_ids": host.gold_ids if reads_gold else None,
+            "gold_counts": host.cu_gold.diff() if host.cu_gold is not None else None,
+            "spans": _spans(host) if config.mi == "pvi" else None,
+            "prior": _prior(host) if config.mi == "pvi" else None,
+            "shares": None if is_scored(config) else _shares(host, config),
+        },
+        device,
+    )
+    consistency = None
+    if blocks:
+        consistency = ConsistencyPlan(widest, **send(blocks, device))
     return Plan(
-        rows=send(rows),
+        num_sequences=host.num_sequences,
+        num_questions=host.num_questions,
         groups=_groups(host, rows, max_rows),
         most_teachers=int(host.teachers_per_question.max()),
-        information_rows=send(at),
-        information_question=send(question),
-        consistency=_consistency(host, config, send),
+        consistency=consistency,
+        **there,
     )
+
+
+def send(tensors: Mapping[str, Tensor | None], device: torch.device) -> dict[str, Any]:
+    """Tensors on the CPU, of any dtype, to the device: one pinned buffer, one copy. None stays.
+
+    A copy from memory that is not pinned would wait for the stream.
+    """
+    places: dict[str, slice] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            places[name] = slice(end, end + tensor.numel() * tensor.element_size())
+            end = -(-places[name].stop // 16) * 16
+    packed = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+    def part(buffer: Tensor, name: str, like: Tensor) -> Tensor:
+        return buffer[places[name]].view(like.dtype).view(like.shape)
+
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            part(packed, name, tensor).copy_(tensor)
+    there = packed.to(device, non_blocking=True)
+    return {n: None if t is None else part(there, n, t) for n, t in tensors.items()}
 
 
 def _groups(host: TokenLayout, rows: Tensor, max_rows: int) -> list[Group]:
@@ -108,11 +155,10 @@ def _groups(host: TokenLayout, rows: Tensor, max_rows: int) -> list[Group]:
     return groups
 
 
-def _consistency(
-    host: TokenLayout, config: CompactConfig, send: Callable[[Tensor], Tensor]
-) -> ConsistencyPlan | None:
+def _consistency(host: TokenLayout, config: CompactConfig) -> tuple[int, dict[str, Tensor]]:
+    """(rows an aligned token, fields of a ConsistencyPlan on the CPU); empty: nothing to compare"""
     if config.consistency == "off":
-        return None
+        return 0, {}
     starts, lengths = consistency_spans(host, config)
     bounds = host.cu_teachers.tolist()
     blocks: list[list[tuple[int, int, int]]] = []
@@ -127,16 +173,26 @@ def _consistency(
             for r in range(tokens[q])
         ]
     if not blocks:
-        return None
+        return 0, {}
     widest = max(len(block) for block in blocks)
     padded = [block + [(-1, block[0][1], 0)] * (widest - len(block)) for block in blocks]
-    table = torch.tensor(padded).view(-1, 3).unbind(1)
-    rows, sequences, spans = (send(column.contiguous()) for column in table)
-    return ConsistencyPlan(widest, rows, sequences, spans, send(torch.tensor(tokens)))
+    rows, sequences, spans = torch.tensor(padded).view(-1, 3).unbind(1)
+    table = {"rows": rows, "sequences": sequences, "lengths": spans, "tokens": torch.tensor(tokens)}
+    return widest, table
+
+
+def _spans(host: TokenLayout) -> Tensor:
+    if host.answer_spans is not None:
+        return host.answer_spans
+    return torch.zeros(host.num_sequences, 2, dtype=torch.long)
+
+
+def _prior(host: TokenLayout) -> Tensor | None:
+    return None if host.prior_logp is None else host.prior_logp.float()[host.sequence_question]
 
 
 def information_of(
-    layout: TokenLayout,
+    plan: Plan,
     config: CompactConfig,
     gold_logit: Tensor | None,  # [T] float32
     logsumexp: Tensor | None,  # [T] float32
@@ -144,35 +200,33 @@ def information_of(
 ) -> Information:
     """What MI of these sequences is computed from, in the form that the configuration names."""
     if config.mi == "pvi":
-        if layout.prior_logp is None:
+        if plan.prior is None or plan.spans is None:
             return Information()
-        if layout.answer_spans is None:
-            spans = torch.zeros(layout.num_sequences, 2, dtype=torch.long, device=layout.device)
-        else:
-            spans = layout.answer_spans
-        prior = layout.prior_logp.float()[layout.sequence_question]
-        return Information(spans=spans[sequences].contiguous(), prior=prior[sequences])
+        return Information(spans=plan.spans[sequences], prior=plan.prior[sequences])
     if gold_logit is None:
         return Information()
     return Information(
         values=gold_logit,
         logsumexp=logsumexp if config.mi == "logprob" else None,
-        counted=counted_positions(layout, config),
-        thinking=layout.thinking,
+        counted=plan.counted,
+        thinking=plan.thinking,
         thinking_weight=config.thinking_weight,
         other_weight=config.other_weight,
         length_norm=config.mi_length_norm,
     )
 
 
+def is_scored(config: CompactConfig) -> bool:
+    """Whether the weighting looks at scores."""
+    return config.weighting in ("compact", "mi", "consensus", "difficulty", "best")
+
+
 def weight_rule(
-    layout: TokenLayout,
     config: CompactConfig,
     consensus: Tensor | None,  # [S]
     attention: Tensor | None,  # [S]
-) -> tuple[WeightRule, Tensor | None, Tensor | None]:
-    """(rule, consensus that it reads [S], raw shares [S] for rules that do not score)."""
-    scored = config.weighting in ("compact", "mi", "consensus", "difficulty", "best")
+) -> tuple[WeightRule, Tensor | None]:
+    """(rule, consensus that it reads [S])."""
     given: dict[str, tuple[ConsensusRule, Tensor | None]] = {
         "none": ("none", None),
         "attention": ("given", attention),
@@ -181,6 +235,7 @@ def weight_rule(
     }
     kind, scores = given[config.consensus]
     b_mi, b_consensus, _ = config.betas
+    scored = is_scored(config)
     rule: Rule = "shares" if not scored else "best" if config.weighting == "best" else "softmax"
     return (
         WeightRule(
@@ -194,21 +249,20 @@ def weight_rule(
             filter_below=config.filter_below,
         ),
         scores,
-        None if scored else _shares(layout, config),
     )
 
 
-def _shares(layout: TokenLayout, config: CompactConfig) -> Tensor:
-    """Raw shares [S] of the weightings that do not look at scores."""
+def _shares(host: TokenLayout, config: CompactConfig) -> Tensor:
+    """Raw shares [S] float64 of the weightings that do not look at scores."""
     weighting = config.weighting
     if not isinstance(weighting, str):
-        return torch.tensor(weighting, dtype=torch.float64, device=layout.device)[layout.teachers]
+        return torch.tensor(weighting, dtype=torch.float64)[host.teachers]
     if weighting == "correct":
-        assert layout.correct is not None
-        return (layout.correct == 1).double()
+        assert host.correct is not None
+        return (host.correct == 1).double()
     if weighting == "random":
-        assert layout.question_ids is not None
-        question = layout.question_ids[layout.sequence_question]
-        return _exponential_by_key(config.seed, question, layout.teachers)
+        assert host.question_ids is not None
+        question = host.question_ids[host.sequence_question]
+        return _exponential_by_key(config.seed, question, host.teachers)
     assert weighting == "uniform", weighting
-    return torch.ones(layout.num_sequences, device=layout.device)
+    return torch.ones(host.num_sequences, dtype=torch.float64)

@@ -5,13 +5,15 @@ Shape suffixes: n rows of a chunk, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from compact_fast.backends.torch_backend import _GradientSums as GradientSums
+from compact_fast.backends.protocol import Gradients, Needs
 from compact_fast.triton_kernels.gradient_rows import scale_rows
 from compact_fast.triton_kernels.launch import architecture
 from compact_fast.triton_kernels.logits_gemm import padded_width
@@ -22,6 +24,8 @@ from compact_fast.triton_kernels.token_logp import can_fuse, measure_rows
 
 if TYPE_CHECKING:
     from compact_fast.backends.triton_backend import TritonBackend
+
+logger = logging.getLogger(__name__)
 
 ROW_MULTIPLE = 128  # rows of a GEMM tile: a chunk of 3,500 would leave the last one part empty
 
@@ -55,6 +59,46 @@ class TokenStatistics:
             self.correct[rows] = out.correct
 
 
+@dataclass(frozen=True)
+class GradientSums:
+    """Float32 gradients of the sum over questions. None: not needed."""
+
+    hidden: Tensor | None  # [T, D]
+    weight: Tensor | None  # [V, D]
+    bias: Tensor | None  # [V]
+
+    @classmethod
+    def zeros(
+        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs
+    ) -> GradientSums:
+        """Room for those that are needed."""
+        owners = (hidden, weight, bias)
+        return cls(
+            *(
+                torch.zeros_like(owner, dtype=torch.float32, memory_format=torch.contiguous_format)
+                if need and owner is not None
+                else None
+                for owner, need in zip(owners, needs, strict=True)
+            )
+        )
+
+    @property
+    def head(self) -> bool:
+        return self.weight is not None or self.bias is not None
+
+    def finish(
+        self, normalizer: float | Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Gradients:
+        """Divided by the normalizer, in the dtype of what they belong to."""
+        sums, owners = (self.hidden, self.weight, self.bias), (hidden, weight, bias)
+        return Gradients(
+            *(
+                None if g is None or owner is None else g.div_(normalizer).to(owner.dtype)
+                for g, owner in zip(sums, owners, strict=True)
+            )
+        )
+
+
 @dataclass
 class DeviceHead:
     """The unembedding W [V, D] and bias [V], and the memory that rows pass through."""
@@ -79,13 +123,18 @@ class DeviceHead:
                 f"hidden is {hidden.dtype}, lm_head_weight {weight.dtype}: cast hidden to the "
                 "head's dtype, or use backend='torch'"
             )
-        fits = weight.dtype == torch.bfloat16 and can_fuse(hidden[:0].to(weight.dtype), weight)
-        if backend.tier == "fused" and not fits:
-            raise ValueError(
-                f"tier='fused': bulk copies cannot address a {weight.dtype} head of shape "
-                f"{tuple(weight.shape)} on {architecture(weight)}; use tier='auto'"
+        narrow = weight.dtype == torch.bfloat16
+        fits = narrow and can_fuse(hidden[:0].to(weight.dtype).contiguous(), weight)
+        if narrow and not fits and backend.tier != "library":
+            why = (
+                f"bulk copies cannot address a {weight.dtype} head of shape "
+                f"{tuple(weight.shape)} on {architecture(weight)}: rows have to start at "
+                "multiples of 16 bytes"
             )
-        bias = None if bias is None else bias.detach()
+            if backend.tier == "fused":
+                raise ValueError(f"tier='fused': {why}; use tier='auto'")
+            say_once(f"{why}; the vendor's GEMM and a pass over each row are taken", warning=True)
+        bias = None if bias is None else bias.detach().contiguous()
         fused = fits and backend.tier != "library"
         return cls(weight, bias, backend.chunk_bytes, backend.hold_bytes, fused)
 
@@ -160,4 +209,10 @@ class DeviceHead:
             # two columns: a factor rounded to bfloat16, and what the rounding left
             high = factor.to(g.dtype)
             columns = torch.stack([high, (factor - high.float()).to(g.dtype)], 1)
-            grads.bias += product(g.T, columns).sum(1)
+            grads.bias.add_(product(g.T, columns).sum(1))
+
+
+@cache
+def say_once(text: str, *, warning: bool = False) -> None:
+    """Log what a run did in another way than the usual one."""
+    logger.log(logging.WARNING if warning else logging.INFO, "triton backend: %s", text)

@@ -76,12 +76,11 @@ def launch_step(rows_a_sequence, needs):
         cu_gold=2 * torch.arange(Q + 1),
         answer_spans=torch.stack([cu[1:] - 5, cu[1:]], 1),
     )
-    fields = {name: torch.empty_like(t, device="meta") for name, t in layout.tensors().items()}
     hidden, weight = (kernel_report.meta(m, D, dtype=torch.bfloat16) for m in (len(targets), V))
     consensus = kernel_report.meta(K * Q, dtype=torch.float64)
     head, config = DeviceHead.of(TritonBackend(), hidden, weight, None), CompactConfig()
     plan = make_plan(layout, config, torch.device("meta"), head.max_rows)
-    work = TritonPass(head, TokenLayout(**fields), plan, consensus, None, config, None, False)
+    work = TritonPass(head, plan, consensus, None, config, None, False)
     return work.run(hidden, weight, None, needs)
 
 

@@ -12,8 +12,8 @@ from compact_fast.backends.protocol import Needs, RunSpec
 from compact_fast.backends.reference_backend import ReferenceBackend
 from compact_fast.backends.triton_backend import TritonBackend
 from compact_fast.backends.triton_pass import TritonPass
-from compact_fast.backends.triton_plan import make_plan
-from compact_fast.backends.triton_rows import DeviceHead
+from compact_fast.backends.triton_plan import make_plan, send
+from compact_fast.backends.triton_rows import DeviceHead, say_once
 from compact_fast.layout import TokenLayout
 
 REFERENCE = ReferenceBackend()
@@ -227,13 +227,67 @@ class NoReading(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_one_copy_carries_every_dtype():
+    g = torch.Generator().manual_seed(0)
+    tensors = {
+        "odd": torch.rand(7, generator=g) < 0.5,
+        "ids": torch.randint(0, 99, (3, 2), generator=g)[:, :1],  # not contiguous
+        "none": None,
+        "empty": torch.zeros(0, dtype=torch.long),
+        "wide": torch.rand(3, generator=g, dtype=torch.float64),
+        "scalar": torch.tensor(4.0),
+    }
+    there = send(tensors, torch.device("cpu"))
+    assert list(there) == list(tensors)
+    for name, value in tensors.items():
+        assert there[name] is None if value is None else torch.equal(there[name], value)
+    addresses = {t.untyped_storage().data_ptr() for t in there.values() if t is not None}
+    assert len(addresses) == 1
+
+
+def test_strides_that_kernels_do_not_know():
+    """Scores as columns of a table, hidden states and head as transposed views."""
+    hidden, weight, bias, layout, consensus, attention = batch(dtype=torch.bfloat16)
+    table = torch.stack([consensus, attention], 1)
+    strided = (
+        hidden.T.contiguous().T, weight.T.contiguous().T, torch.stack([bias, bias], 1)[:, 0],
+        layout, table[:, 0], table[:, 1],
+    )  # fmt: skip
+    config = CompactConfig(consensus="both", mi="logprob")
+    plain, _ = both((hidden, weight, bias, layout, consensus, attention), config)
+    got, _ = both(strided, config)
+    for a, b in zip((*plain[:3], *plain.gradients), (*got[:3], *got.gradients), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(plain.weights, got.weights)
+
+
+def test_a_fallback_within_the_backend_is_said_once(caplog, monkeypatch):
+    """Bulk copies need rows that start at multiples of 16 bytes; 33 columns have none."""
+    config = launch.LOGITS_GEMM["interpreter"]
+    monkeypatch.setitem(launch.LOGITS_GEMM, "interpreter", replace(config, tma=True))
+    say_once.cache_clear()
+    problem = batch(D=33, dtype=torch.bfloat16)
+    with caplog.at_level("INFO", logger="compact_fast"):
+        got, want = both(problem, CompactConfig())
+        both(problem, CompactConfig())
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == 1
+    assert "multiples of 16 bytes" in said[0]
+    assert "(83, 33)" in said[0]
+    check(got, want, torch.bfloat16)
+    caplog.clear()
+    with caplog.at_level("INFO", logger="compact_fast"):
+        both(batch(), CompactConfig(), backend=TritonBackend(chunk_bytes=1, hold_bytes=0))
+    assert any("its logits are made twice" in r.getMessage() for r in caplog.records)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_step_reads_nothing_back(frozen):
     hidden, weight, bias, layout, consensus, attention = batch(dtype=torch.bfloat16)
     config, backend = CompactConfig(mi="logprob"), TritonBackend()
     head = DeviceHead.of(backend, hidden, weight, bias)
     plan = make_plan(layout, config, hidden.device, head.max_rows)
-    work = TritonPass(head, layout, plan, consensus, attention, config, None, True)
+    work = TritonPass(head, plan, consensus, attention, config, None, True)
     with NoReading():
         work.run(hidden, weight, bias, Needs(True, not frozen, not frozen))
 

@@ -9,7 +9,7 @@ from compact_fast.triton_kernels.teacher_weights import (
 )
 
 from compact_fast import CompactConfig
-from compact_fast.backends.triton_plan import information_of, weight_rule
+from compact_fast.backends.triton_plan import information_of, make_plan, weight_rule
 from compact_fast.layout import TokenLayout
 from compact_fast.scores import (
     adaptability,
@@ -65,7 +65,8 @@ def test_sequence_scores(options):
     values = torch.randn(batch.num_tokens, generator=g)
     values = torch.where(information_positions(batch, config), values, torch.nan)
     lse = torch.randn(batch.num_tokens, generator=g)
-    information = information_of(batch, config, values, lse)
+    plan = make_plan(batch, config, batch.device, max_rows=1000)
+    information = information_of(plan, config, values, lse)
     mi, nll = sequence_scores(logp, batch.targets, batch.cu_seqlens, information)
     ref_mi, ref_nll = sequence_scores_ref(logp, batch.targets, batch.cu_seqlens, information)
     if config.mi == "pvi":
@@ -119,7 +120,8 @@ def test_teacher_weights(options, faulty):
         mi, nll, consensus, attention, batch.cu_teachers, config,
         teachers=batch.teachers, question_ids=batch.question_ids, correct=batch.correct,
     )  # fmt: skip
-    rule, given, shares = weight_rule(batch, config, consensus, attention)
+    rule, given = weight_rule(config, consensus, attention)
+    shares = make_plan(batch, config, batch.device, max_rows=1000).shares
     got = teacher_weights(
         mi, nll, given, attention, shares, batch.cu_teachers, rule, most_teachers=max(TEACHERS)
     )
