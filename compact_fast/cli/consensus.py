@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ from compact_fast.run_config import schema
 from compact_fast.tables import CountLine, duration, indent, percent, table
 
 if TYPE_CHECKING:
-    from compact_fast.graphs.stream import StreamReport
+    from compact_fast.graphs.stream import QuestionTexts, StreamReport
 
 
 def run(arguments: Arguments) -> int:
@@ -22,7 +24,7 @@ def run(arguments: Arguments) -> int:
     backend = _value(arguments, "backend", "consensus_backend")
     threads = _value(arguments, "threads", "consensus_threads")
     if (name := arguments.option("explain")) is not None:
-        say(_explain(source, name, backend))
+        _explain(source, name, backend, arguments.option("output"))
         return 0
     target = arguments.option("output")
     if target is None or not target.endswith(".parquet") or Path(target).is_dir():
@@ -82,21 +84,33 @@ def _flags(report: StreamReport) -> str:
     )
 
 
-def _explain(source: Path, name: str, backend: Any) -> str:
+def _explain(source: Path, name: str, backend: Any, output: str | None) -> None:
+    from compact_fast.graphs.explain import examine
+    from compact_fast.graphs.picture import save
+
+    picture = Path(output or re.sub(r"[^\w.-]+", "-", f"consensus-{name}") + ".png")
+    if picture.suffix != ".png" or picture.is_dir():
+        raise ValueError(
+            f"--output: {picture}: expected a file name that ends in .png, for --explain"
+        )
+    question = _question(source, name)
+    found = examine(
+        question.texts, question.teachers, final_answers=question.answers, backend=backend
+    )
+    say(found.text(max(shutil.get_terminal_size((120, 24)).columns, 60)))
+    save(found, picture)
+    say(f"Wrote {picture}")
+
+
+def _question(source: Path, name: str) -> QuestionTexts:
     from compact_fast.flat_yaml import near
-    from compact_fast.graphs.explain import explain
     from compact_fast.graphs.stream import question_texts, read_rows
 
     names = []
     for place, row in read_rows(source):
         question = question_texts(row, place)
         if question.id == name:
-            return explain(
-                question.texts,
-                question.teachers,
-                final_answers=question.answers,
-                backend=backend,
-            )
+            return question
         names.append(question.id)
     raise ValueError(f"--explain: {source} has no question {name!r}{near(name, names)}")
 
@@ -113,8 +127,18 @@ VERB = Verb(
     names=("DATA",),
     required=1,
     options=(
-        Option("output", "The parquet file to write.", "FILE", short="o"),
-        Option("explain", "Show one question's steps, matches and scores instead.", "ID"),
+        Option(
+            "output",
+            "The parquet file to write; with --explain the picture, a .png file.",
+            "FILE",
+            short="o",
+        ),
+        Option(
+            "explain",
+            "Show one question's steps, matches and scores side by side instead, here and as a "
+            "picture (consensus-ID.png unless --output names another).",
+            "ID",
+        ),
         Option("threads", "Threads; all cores unless given.", "N"),
         Option("backend", "auto, native or rustworkx. Default: auto.", "NAME"),
     ),

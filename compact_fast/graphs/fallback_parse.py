@@ -62,7 +62,8 @@ class _Step:
     """What has been read of the step that is being read."""
 
     __slots__ = (
-        "comma", "cut", "equation", "last_word", "numbers", "operators", "word", "words",
+        "comma", "cut", "cut_at", "equation", "last_word", "numbers", "operators", "word",
+        "words",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -73,6 +74,7 @@ class _Step:
         self.equation: int | None = None  # result after "="
         self.last_word = 0
         self.cut: _Step | None = None  # what followed a finished equation
+        self.cut_at = 0  # where that begins
 
     def begins_equation(self) -> bool:
         """Found between two "=": a new equation, rather than a link of a chain?"""
@@ -103,11 +105,15 @@ class Parser:
         self.last_result: dict[int, int] = {}
         self.window: list[int] = []
         self.shingles: set[int] = set()
+        self.data = ""  # the normalised text, one character a byte
+        self.begin = 0  # of the step that is being read
+        self.spans: list[tuple[int, int]] = []  # of the steps, in `data`
 
     # ---- steps -------------------------------------------------------------------------------
 
-    def _flush(self, step: _Step) -> None:
+    def _flush(self, step: _Step, end: int) -> None:
         step.merge()
+        span, self.begin = (self.begin, end), end
         if not step.numbers and not step.words and step.equation is None:
             return
         if len(self.graph.nodes) >= self.max_steps:
@@ -128,6 +134,7 @@ class Parser:
         me = len(self.graph.nodes)
         node = Node(sorted(operands), result, kind, step.operators, signature)
         self.graph.nodes.append(node)
+        self.spans.append(span)
         if me:
             self.graph.edges.append((me - 1, me, EDGE_NEXT))
         sources = {self.last_result[key] for key in operands if key in self.last_result}
@@ -138,7 +145,7 @@ class Parser:
     # ---- one pass over the text --------------------------------------------------------------
 
     def parse(self, text: str) -> Graph:
-        data = text.translate(TRANSLATE).encode().decode("latin-1")
+        data = self.data = text.translate(TRANSLATE).encode().decode("latin-1")
         at = 0
         step = _Step()
         start_of_line = True
@@ -154,6 +161,7 @@ class Parser:
                 at = SKIP_LINE.match(data, at).end()  # type: ignore[union-attr]
                 if mark := LIST_MARK.match(data, at):
                     at = mark.end()
+                self.begin = at
                 if at >= len(data):
                     break
             found = TOKEN.match(data, at)
@@ -170,8 +178,9 @@ class Parser:
                     self._settle(answer)
                     answer = None
                 else:
-                    self._flush(step)
+                    self._flush(step, here)
                 step, before, asked = _Step(), "", False
+                self.begin = at
                 start_of_line = kind == "line"
                 continue
             if kind == "note":
@@ -180,7 +189,7 @@ class Parser:
                 at = here + 2  # read its inside as ordinary tokens
                 continue
             if kind == "hashes" or (asked and token in (":", "=")):
-                answer, asked = self._begin_answer(step, answer), False
+                answer, asked = self._begin_answer(step, answer, here), False
                 step, before = _Step(), ""
                 continue
             if kind == "latex":
@@ -215,7 +224,7 @@ class Parser:
             if kind == "word":
                 word = token.replace("'", "").encode("latin-1").lower().decode("latin-1")
                 if asked and word in ("is", "are", "be"):
-                    answer, asked = self._begin_answer(step, answer), False
+                    answer, asked = self._begin_answer(step, answer, here), False
                     step, before = _Step(), ""
                     continue
                 asked = word in ("answer", "answers")
@@ -241,7 +250,7 @@ class Parser:
                 if target is not None:
                     target.number(key)
                 if answer is None:
-                    self._number(step, key, before)
+                    self._number(step, key, before, at)
                 before = "number"
             elif kind == "op":
                 if token == "-":
@@ -254,7 +263,7 @@ class Parser:
                     tail = step.cut
                     if answer is None and tail is not None and tail.begins_equation():
                         step.cut = None
-                        self._flush(step)
+                        self._flush(step, step.cut_at)
                         step = tail
                     before = "="
                 else:
@@ -277,7 +286,7 @@ class Parser:
         if answer is not None:
             self._settle(answer)
         else:
-            self._flush(step)
+            self._flush(step, len(data))
         return self._finish()
 
     negative = False
@@ -298,9 +307,9 @@ class Parser:
         graph.shingles = sorted(self.shingles)
         return graph
 
-    def _begin_answer(self, step: _Step, running: _Answer | None) -> _Answer:
+    def _begin_answer(self, step: _Step, running: _Answer | None, here: int) -> _Answer:
         if running is None and (step.equation is not None or step.cut is not None):
-            self._flush(step)
+            self._flush(step, here)
         return _Answer()
 
     def _settle(self, answer: _Answer) -> None:
@@ -308,11 +317,11 @@ class Parser:
         if key is not None:
             self.graph.answer, self.graph.answer_kind = key, ANSWER_EXPLICIT
 
-    def _number(self, step: _Step, key: int, before: str) -> None:
+    def _number(self, step: _Step, key: int, before: str, end: int) -> None:
         if before == "=":
             step.retract()  # a chain "a = b = c", maybe with units between
             step.equation = key
-            step.cut = _Step()
+            step.cut, step.cut_at = _Step(), end
         elif step.cut is not None:
             step.cut.numbers.append(key)
         else:
@@ -391,6 +400,14 @@ class _Answer:
 def parse_text(text: str, max_steps: int) -> Graph:
     """The step graph of one rationale. Raises ValueError beyond `max_steps` steps."""
     return Parser(max_steps).parse(text)
+
+
+def step_texts(text: str, max_steps: int) -> list[str]:
+    """The words of each step of `parse_text`."""
+    parser = Parser(max_steps)
+    parser.parse(text)
+    raw = parser.data.encode("latin-1")
+    return [" ".join(raw[a:b].decode(errors="replace").split()) for a, b in parser.spans]
 
 
 def answer_key(text: str) -> int | None:

@@ -128,8 +128,10 @@ def test_consensus_needs_no_student(command, rationales, tmp_path):
     assert "6 questions" in done.stdout
     lines = [line.split() for line in done.stdout.splitlines()]
     assert ["ada", "6"] in [line[:2] for line in lines]
-    done = command("consensus", rationales, "--explain", "q1")
+    picture = tmp_path / "q1.png"
+    done = command("consensus", rationales, "--explain", "q1", "-o", picture)
     assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
     assert "ada" in done.stdout
     assert "3 = 4" in done.stdout
 

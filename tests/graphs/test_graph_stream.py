@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from graph_support import needs_native
 
-from compact_fast.graphs import GraphOptions, consensus, explain
+from compact_fast.graphs import GraphOptions, consensus
 from compact_fast.graphs.stream import (
     resumable,
     score_batch,
@@ -188,14 +188,3 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("a,b")
     with pytest.raises(ValueError, match=r"expected a \.jsonl or \.parquet file"):
         score_file(tmp_path / "in.csv", tmp_path / "out.parquet")
-
-
-def test_explanation_names_steps_matches_and_scores() -> None:
-    texts = ["2 + 3 = 5\n5 * 4 = 20\n#### 20", "So 3 + 2 = 5, then 4 * 5 = 20.", "2 * 3 = 6"]
-    shown = explain(texts, ["anna", "ben", "cleo"])
-    assert "anna: score 0." in shown
-    assert "  2. (*) 4, 5 = 20   from step 1" in shown
-    assert "anna and ben: steps 1.000, matched 1=1 2=2" in shown
-    assert "final answer 6" in shown
-    with pytest.raises(ValueError, match="3 texts, but 2 teachers"):
-        explain(texts, ["a", "b"])
