@@ -200,19 +200,27 @@ def score_questions(
     )
 
 
-def score_batch(batch: Mapping[str, Any], **choices: Any) -> dict[str, list[Any]]:
-    """The same for `datasets.map(score_batch, batched=True, num_proc=...)` and for Ray Data's
-    `map_batches`: columns "rationales" and, where there are any, "id" and "answer" in; columns
-    "consensus" and "agreement" (a list a question) out, beside the ones that came in.
+def score_batch(batch: Any, **choices: Any) -> Any:
+    """The same stage for engines that hand out batches: `datasets.map(score_batch, batched=True,
+    num_proc=...)`, and Ray Data's `map_batches(score_batch, batch_format="pyarrow")`.
+
+    `batch` is a mapping of columns (lists or arrays) or a pyarrow table, in the shape of the rows
+    that `score_file` reads: "rationales" and, where there are any, "id" and "answer", or the
+    authors' "CoT". What comes back is of the same kind: those columns, and "consensus" and
+    "agreement", a list a question. Every batch is scored by one thread, for the engine has the
+    others. Raises ValueError as `score_file` does.
     """
-    count = len(batch["rationales"])
-    rows = [{name: column[i] for name, column in batch.items()} for i in range(count)]
+    if isinstance(batch, pa.Table):
+        rows = batch.to_pylist()
+    else:
+        columns = {name: list(column) for name, column in batch.items()}
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     chunk = [question_texts(row, f"row {i}") for i, row in enumerate(rows)]
     table = score_questions(chunk, **{"threads": 1, **choices})
-    out = {name: list(column) for name, column in batch.items()}
-    out["consensus"] = table["scores"].to_pylist()
-    out["agreement"] = table["agreement"].to_pylist()
-    return out
+    scores, agreement = table["scores"], table["agreement"]
+    if isinstance(batch, pa.Table):
+        return batch.append_column("consensus", scores).append_column("agreement", agreement)
+    return {**columns, "consensus": scores.to_pylist(), "agreement": agreement.to_pylist()}
 
 
 # ---- reading -----------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from graph_support import needs_native
 from compact_fast.graphs import GraphOptions, consensus
 from compact_fast.graphs.stream import (
     resumable,
-    score_batch,
     score_file,
     teachers_table,
 )
@@ -146,14 +145,6 @@ def test_survives_kills(tmp_path: Path) -> None:
     report = score_file(source, out, chunk_questions=100)
     assert report.resumed_at > 0
     check(out, rows)
-
-
-def test_batch_function_for_dataset_engines(rows: list[dict[str, Any]]) -> None:
-    batch = {name: [row[name] for row in rows] for name in rows[0]}
-    out = score_batch(batch)
-    assert out["consensus"] == expected(rows)
-    assert out["id"] == batch["id"]
-    assert len(out["agreement"]) == len(rows)
 
 
 BAD = [
