@@ -15,15 +15,32 @@ from compact_fast.backends import Choice, RunSpec, choose
 from compact_fast.backends.torch_backend import CHUNK_BYTES
 from compact_fast.run_config import RunConfig
 from compact_fast.students import body_and_head, causal_model
-from compact_fast.trainer.packing import is_cheaper, refusal
+from compact_fast.trainer.packing import choose_packing, mask_wanted
 
 # Logits the torch backend holds at once, and what it makes of them (bench/loss_memory.py).
 LOSS_CHUNK_BYTES = 3 * CHUNK_BYTES
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Peak bytes on the training device, by what they hold. Estimates."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    process: int
+    """Python and its libraries, where training shares their memory (on the CPU)."""
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
 class Forecast:
-    """Estimates; bytes are peaks on the training device."""
+    """What a run would take."""
 
     steps: int
     questions_per_update: int
@@ -31,63 +48,103 @@ class Forecast:
     tokens: int
     """Tokens read over the whole run, without padding."""
 
-    weight_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
-    activation_bytes: int
-    loss_bytes: int
-    process_bytes: int
-    """Python and its libraries, where training shares their memory (on the CPU)."""
+    packed: Memory
+    per_teacher: Memory
+    fusion: Literal["packed", "per_teacher"]
+    """As configured; "auto": packed unless only per_teacher fits `available`."""
+
+    available: int
+    """Bytes that the training device has in all."""
 
     @property
-    def peak_bytes(self) -> int:
-        return (
-            self.weight_bytes
-            + self.gradient_bytes
-            + self.optimizer_bytes
-            + self.activation_bytes
-            + self.loss_bytes
-            + self.process_bytes
-        )
+    def chosen(self) -> Memory:
+        """The memory of the fusion that will run."""
+        return self.packed if self.fusion == "packed" else self.per_teacher
 
 
 def forecast(config: RunConfig, model: Any, rows: Sequence[Mapping[str, Any]]) -> Forecast:
-    """Steps and tokens exactly, memory by a formula over the student's shape.
+    """Steps and tokens exactly; memory from what the student keeps of a few tokens' forward pass.
 
     Activations are those of the largest batch that can occur: the `questions_per_step` questions
-    with the most positions.
+    with the most positions, or, one rationale at a time, the longest rationale.
     """
     t = config.training
     rows = trainable_rows(config, rows)
-    width = body_and_head(model).weight.shape[1]
-    share = t.share_prompts and config.method.mode != "reference" and refusal(model) is None
-
-    def positions(row: Mapping[str, Any]) -> int:
-        return shared_tokens(row) if share and is_cheaper([row], width) else padded_tokens(row)
-
-    largest = sum(sorted(map(positions, rows), reverse=True)[: t.questions_per_step])
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     steps, epochs = count_steps(config, len(rows), processes)
-    tokens = sum(real_tokens(row) for row in rows)
-    head = body_and_head(model)
-    parameters = list(model.parameters())
-    trained = [p for p in parameters if p.requires_grad]
-    trained_bytes = sum(p.numel() * p.element_size() for p in trained)
-    weight_bytes = sum(p.numel() * p.element_size() for p in parameters)
-    on_cpu = not torch.cuda.is_available()
-    head_gradient = width * head.weight.shape[0] * 4 if head.trainable else 0
+    packed, per_teacher = memory(config, model, rows)
+    available = device_memory()
+    fusion: Literal["packed", "per_teacher"]
+    if t.fusion == "auto":
+        fits = can_be_apart(config) and packed.peak_bytes > available >= per_teacher.peak_bytes
+        fusion = "per_teacher" if fits else "packed"
+    else:
+        fusion = t.fusion
     return Forecast(
         steps=steps,
         questions_per_update=t.questions_per_step * t.gradient_accumulation_steps * processes,
         epochs=epochs,
-        tokens=round(tokens * epochs),
-        weight_bytes=weight_bytes,
-        gradient_bytes=trained_bytes,
-        optimizer_bytes=2 * trained_bytes,
-        activation_bytes=largest * activation_bytes_per_token(config, model),
-        loss_bytes=LOSS_CHUNK_BYTES + head_gradient + largest * width * 4,
-        process_bytes=max(resident_bytes() - weight_bytes, 0) if on_cpu else 0,
+        tokens=round(sum(real_tokens(row) for row in rows) * epochs),
+        packed=packed,
+        per_teacher=per_teacher,
+        fusion=fusion,
+        available=available,
     )
+
+
+def memory(
+    config: RunConfig, model: Any, rows: Sequence[Mapping[str, Any]]
+) -> tuple[Memory, Memory]:
+    """Peaks of training all rationales at once, and one at a time."""
+    t, head = config.training, body_and_head(model)
+    vocabulary, width = head.weight.shape
+    packing = choose_packing(
+        model,
+        share=t.share_prompts,
+        keep_padding=config.method.mode == "reference",
+        masked=mask_wanted(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+    )
+    largest = sum(sorted(map(packing.positions, rows), reverse=True)[: t.questions_per_step])
+    longest = max(
+        len(row["prompt_ids"]) + len(c) for row in rows for c in row["completion_ids"]
+    )
+    teachers = max(len(row["completion_ids"]) for row in rows)
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    trained_bytes = sum(p.numel() * p.element_size() for p in trained)
+    weight_bytes = sum(p.numel() * p.element_size() for p in parameters)
+    head_gradient = width * vocabulary * 4 if head.trainable else 0
+    on_cpu = not torch.cuda.is_available()
+    token_bytes = activation_bytes_per_token(config, model)
+
+    def of(tokens: int, labels: int, gradients: int) -> Memory:
+        return Memory(
+            weights=weight_bytes,
+            gradients=gradients,
+            optimizer=2 * trained_bytes,
+            activations=tokens * token_bytes,
+            loss=loss_bytes(labels, vocabulary, width) + head_gradient,
+            process=max(resident_bytes() - weight_bytes, 0) if on_cpu else 0,
+        )
+
+    apart = trained_bytes + (teachers + 1) * gradient_bytes(model) if trained else 0
+    return of(largest, largest, trained_bytes), of(longest, longest, apart)
+
+
+def can_be_apart(config: RunConfig) -> bool:
+    """Whether fusion="per_teacher" takes this method."""
+    return config.method.mode != "reference" and config.method.consistency != "all"
+
+
+def device_memory() -> int:
+    """Bytes of the GPU, or of the machine or container; a very large number where unknown."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container's share, or "max"
+    with contextlib.suppress(OSError, ValueError):
+        found.append(int(limit.read_text()))
+    return min(found)
 
 
 def trainable_rows(

@@ -1,32 +1,159 @@
-"""One copy of a question's prompt, with all its rationales behind it, in one forward pass.
+"""How the rationales of whole questions become the input of one forward pass.
+
+    segments   one row without padding, the prompt of a question once for all its rationales (or,
+               not shared, every rationale behind a copy of its own); attention by segments
+    mask       a row a question, prompt once, padded to the longest question; a mask keeps the
+               rationales apart. For students whose attention takes a mask but no segments
+    padded     a row a rationale, padded to the longest
 
 A token sees its own rationale up to itself and the prompt; positions count as in the separate
-sequences, so the hidden states are theirs. A row is a question:
-
-    prompt | rationale 1 | rationale 2 | ... | padding
+sequences, so the hidden states are theirs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from compact_fast.students import body_and_head, causal_model, inference
+from compact_fast.trainer.segments import (
+    NO_MASK,
+    attending_by_segments,
+    attends_by_segments,
+    recording_windows,
+)
 
 PADDING = -1
+Kind = Literal["segments", "mask", "padded"]
 
 
-def pack_shared(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:
-    """Q questions as rows of N tokens.
+@dataclass(frozen=True)
+class Packing:
+    """What a student's forward passes look like, and why not better."""
+
+    kind: Kind = "padded"
+    shared: bool = False
+    """Whether the prompt is read once for all rationales of a question."""
+
+    reason: str | None = None
+    """Why prompts are not shared, or why they are shared through a mask; None: nothing to say."""
+
+    width: int = 0
+    """Hidden width of the body, for what costs less."""
+
+    def positions(self, row: Mapping[str, Any]) -> int:
+        """Tokens the body reads for a question alone in its pass, padding included."""
+        prompt, lengths = len(row["prompt_ids"]), [len(c) for c in row["completion_ids"]]
+        if self.kind == "segments" and not self.shared:
+            return prompt * len(lengths) + sum(lengths)
+        if self.shared and (self.kind == "segments" or is_cheaper([row], self.width)):
+            return prompt + sum(lengths)
+        return (prompt + max(lengths)) * len(lengths)
+
+    def describe(self, rows: int, tokens: int, saved: int) -> str:
+        """One line for people: what is read, and what sharing saves."""
+        if self.shared:
+            share = saved / max(tokens, 1)
+            how = "" if self.kind == "segments" else f", through a mask ({self.reason})"
+            return (
+                f"prompts read once for all rationales of a question{how}: {saved:,} of {tokens:,} "
+                f"tokens of {rows:,} questions saved ({share:.1%})"
+            )
+        form = "packed without padding" if self.kind == "segments" else "padded"
+        return f"every rationale read behind its own prompt, {form} ({self.reason})"
+
+
+def choose_packing(
+    model: Any,
+    *,
+    share: bool = True,
+    keep_padding: bool = False,
+    masked: str | None = None,
+) -> Packing:
+    """The packing that suits a student best, tried on a few tokens.
+
+    `share` false: prompts are not shared. `keep_padding`: the loss reads padding, as
+    mode="reference" does. `masked`: why a mask is wanted rather than segments, if it is.
+    """
+    width = body_and_head(model).weight.shape[1]
+    if keep_padding:
+        return Packing(reason="mode='reference' reads padding", width=width)
+    if masked is not None and share and _refusal(model, "mask") is None:
+        return Packing("mask", shared=True, reason=masked, width=width)
+    refused = _refusal(model, "segments", share=share)
+    if refused is None:
+        reason = None if share else "share_prompts is off"
+        return Packing("segments", shared=share, reason=reason, width=width)
+    if share and _refusal(model, "mask") is None:
+        return Packing("mask", shared=True, reason=refused, width=width)
+    return Packing(reason=refused, width=width)
+
+
+def refusal(model: Any) -> str | None:
+    """Why a student cannot share prompts, or None when it can."""
+    packing = choose_packing(model)
+    return None if packing.shared else packing.reason
+
+
+def mask_wanted(device: torch.device, compiled: bool = False) -> str | None:
+    """Why one masked call a layer suits better than a call for each segment, if it does."""
+    if compiled:
+        return "a compiled body wants shapes that do not change"
+    if device.type != "cpu":
+        return "on a GPU one call a layer launches fewer kernels"
+    return None
+
+
+def pack_segments(rows: Sequence[Mapping[str, Any]], *, shared: bool = True) -> dict[str, Any]:
+    """Questions as one row of N tokens without padding.
+
+    input_ids, position_ids [1, N] int64; trees, the lengths that `segment_attention` takes; gather
+    [T] int64: where in the row each position of the packed layout lies, sequence by sequence; a
+    shared prompt's places occur once for each of its rationales.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    trees: list[tuple[int, ...]] = []
+    gather: list[int] = []
+    for row in rows:
+        prompt, completions = list(row["prompt_ids"]), row["completion_ids"]
+        P, root = len(prompt), len(ids)
+        if shared:
+            trees.append((P, *map(len, completions)))
+            ids += prompt
+            positions += range(P)
+        for completion in completions:
+            if not shared:
+                trees.append((P + len(completion),))
+                root = len(ids)
+                ids += prompt
+                positions += range(P)
+            gather += range(root, root + P)
+            gather += range(len(ids), len(ids) + len(completion))
+            ids += completion
+            positions += range(P, P + len(completion))
+    return {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
+        "trees": tuple(trees),
+        "gather": torch.tensor(gather),
+    }
+
+
+def pack_shared(
+    rows: Sequence[Mapping[str, Any]], pad_id: int, *, multiple: int = 1
+) -> dict[str, Tensor]:
+    """Q questions as rows of N tokens, N a multiple of `multiple`.
 
     input_ids, position_ids, segments [Q, N] int64 (segment 0: prompt, k: rationale k - 1, PADDING)
     and gather [T] int64: where in input_ids.reshape(-1) each position of the packed layout lies,
     sequence by sequence; a prompt's places occur once for each of its rationales.
     """
-    N = max(_length(row) for row in rows)
+    N = -(-max(_length(row) for row in rows) // multiple) * multiple
     ids = torch.full((len(rows), N), pad_id, dtype=torch.long)
     positions = torch.zeros((len(rows), N), dtype=torch.long)
     segments = torch.full((len(rows), N), PADDING, dtype=torch.long)
@@ -64,7 +191,7 @@ def shared_mask(segments: Tensor) -> Tensor:
 
 
 def is_cheaper(rows: Sequence[Mapping[str, Any]], width: int) -> bool:
-    """Whether one row a question takes fewer operations than one padded row a rationale.
+    """Whether one masked row a question takes fewer operations than one padded row a rationale.
 
     Counts 24 D^2 operations a token and 4 D a pair of tokens in attention, for a body of width D;
     a plain causal mask lets kernels skip half of the pairs, this one none.
@@ -80,39 +207,66 @@ def _length(row: Mapping[str, Any]) -> int:
     return len(row["prompt_ids"]) + sum(map(len, row["completion_ids"]))
 
 
+# ---- trials ----------------------------------------------------------------------------------
+
+_TRIAL: dict[str, Any] = {"prompt_ids": [1, 2, 3], "completion_ids": [[4, 5], [6, 1, 2]]}
+
+
 @torch.no_grad()
-def refusal(model: Any) -> str | None:
-    """Why a student cannot share prompts, or None when it can; tried on a few tokens."""
+def _refusal(model: Any, kind: Kind, *, share: bool = True) -> str | None:
+    """Why a student cannot take a packing, or None when it can; tried on a few tokens."""
     causal = causal_model(model)
     config = causal.config.get_text_config()
     name = type(causal).__name__
-    if config._attn_implementation != "sdpa":
-        return f"{name} uses {config._attn_implementation} attention, which takes no mask of ours"
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
+    attention = config._attn_implementation
+    if attention != "sdpa" and not attends_by_segments(model):
+        return f"{name} uses {attention} attention, which takes no mask of ours"
+    if kind == "segments" and not causal._can_set_attn_implementation():
+        return f"{name} has an attention of its own, which takes no function of ours"
+    windows = _windows(config)
+    if windows is None or (kind == "mask" and any(windows)):
         return f"{name} does not attend to all tokens in all layers"
-    prompt, completions = [1, 2, 3], [[4, 5], [6, 1, 2]]
-    row = {"prompt_ids": prompt, "completion_ids": completions}
     parts = body_and_head(model)
     device = parts.weight.device
-    packed = {k: v.to(device) for k, v in pack_shared([row], 0).items()}
     with inference(causal):
         try:
-            hidden = parts.body(
-                packed["input_ids"],
-                shared_mask(packed["segments"]),
-                position_ids=packed["position_ids"],
-            )
-        except (TypeError, ValueError, RuntimeError) as error:
-            return f"{name} takes no such mask: {str(error).splitlines()[0]}"
-        together = hidden.reshape(-1, hidden.shape[-1])[packed["gather"]]
+            if kind == "segments":
+                packed = pack_segments([_TRIAL], shared=share)
+                with attending_by_segments(model), recording_windows() as seen:
+                    hidden = parts.body(
+                        packed["input_ids"].to(device),
+                        NO_MASK,
+                        position_ids=packed["position_ids"].to(device),
+                        compact_trees=packed["trees"],
+                    )
+                if [w for w in seen if w] != [w for w in windows if w]:
+                    return f"{name} does not hand its sliding windows to its attention function"
+            else:
+                packed = {k: v.to(device) for k, v in pack_shared([_TRIAL], 0).items()}
+                mask, positions = shared_mask(packed["segments"]), packed["position_ids"]
+                hidden = parts.body(packed["input_ids"], mask, position_ids=positions)
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            return f"{name} takes no {kind}: {str(error).splitlines()[0]}"
+        together = hidden.reshape(-1, hidden.shape[-1])[packed["gather"].to(device)]
+        prompt = _TRIAL["prompt_ids"]
         apart = torch.cat(
             [
                 parts.body(torch.tensor([prompt + completion], device=device))[0]
-                for completion in completions
+                for completion in _TRIAL["completion_ids"]
             ]
         )
     difference = float((together - apart).abs().max() / apart.abs().max().clamp(min=1e-6))
     if not difference < (1e-4 if apart.dtype == torch.float32 else 5e-2):
         return f"{name} makes other hidden states that way (relative difference {difference:.2g})"
     return None
+
+
+def _windows(config: Any) -> list[int | None] | None:
+    """Each layer's sliding window, None where it has none; None in all for other kinds."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return [window] * config.num_hidden_layers
+    if not set(kinds) <= {"full_attention", "sliding_attention"}:
+        return None
+    return [window if kind == "sliding_attention" else None for kind in kinds]

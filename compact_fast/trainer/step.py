@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,18 @@ from compact_fast.students import (
     inference,
     unwrap,
 )
-from compact_fast.trainer.packing import is_cheaper, pack_shared, refusal, shared_mask
+from compact_fast.trainer.packing import (
+    Packing,
+    choose_packing,
+    is_cheaper,
+    mask_wanted,
+    pack_segments,
+    pack_shared,
+    shared_mask,
+)
+from compact_fast.trainer.segments import NO_MASK, attend_by_segments, attends_by_segments
+
+_COMPILED_MULTIPLE = 128  # few shapes, so that a compiled body is compiled few times
 
 Body = Callable[..., Tensor]  # (input_ids, attention_mask, **kwargs) -> [rows, length, D]
 
@@ -41,7 +52,8 @@ class Collator:
     pad_id: int
     keep_padding: bool = False  # for mode="reference"
     priors: bool = False  # for mi="pvi"
-    shared_width: int = 0  # width of a body that can share prompts; 0: it cannot
+    packing: Packing = field(default_factory=Packing)
+    multiple: int = 1  # masked rows are padded to multiples of it
 
     @classmethod
     def of(
@@ -52,29 +64,45 @@ class Collator:
         thinking_ids: Sequence[int],
         *,
         share_prompts: bool = True,
+        device: torch.device | None = None,
+        compiled: bool = False,
     ) -> Collator:
-        """The collator that a student and a configuration need.
+        """The collator that a student and a configuration need, on the device it will run on.
 
-        Prompts are shared where the student can take it; the reference mode reads padding, which
-        only separate sequences have.
+        Where it packs segments, the student's attention heeds them from now on.
         """
-        reference = config.mode == "reference"
-        share = share_prompts and not reference and refusal(model) is None
+        where = device or next(model.parameters()).device
+        packing = choose_packing(
+            model,
+            share=share_prompts,
+            keep_padding=config.mode == "reference",
+            masked=mask_wanted(where, compiled),
+        )
+        if packing.kind == "segments":
+            attend_by_segments(model)
         return cls(
             tuple(thinking_ids),
             pad_token(tokenizer, model),
-            keep_padding=reference,
+            keep_padding=config.mode == "reference",
             priors=config.mi == "pvi" and mi_is_used(config),
-            shared_width=body_and_head(model).weight.shape[1] if share else 0,
+            packing=packing,
+            multiple=_COMPILED_MULTIPLE if compiled else 1,
         )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         # Always padded on the right: a causal body cannot see it there, so it needs no mask.
         common: dict[str, Any] = {"thinking_ids": self.thinking_ids, "pad_id": self.pad_id}
         out = dict(vars(collate(rows, keep_padding=self.keep_padding, **common)))
-        if self.shared_width and is_cheaper(rows, self.shared_width):
+        kind, shared = self.packing.kind, self.packing.shared
+        if kind == "segments":
+            packed = pack_segments(rows, shared=shared)
+        elif kind == "mask" and (self.multiple > 1 or is_cheaper(rows, self.packing.width)):
+            packed = pack_shared(rows, self.pad_id, multiple=self.multiple)
+        else:
+            packed = {}
+        if packed:
             out.pop("attention_mask")
-            out |= pack_shared(rows, self.pad_id)
+            out |= packed
         if self.priors:
             out["priors"] = dict(vars(collate_priors(rows, **common)))
         return out
@@ -139,17 +167,21 @@ def _returning_hidden_states(causal: Any, names: Collection[str]) -> Iterator[No
 def packed_hidden(body: Body, inputs: Mapping[str, Any]) -> Tensor:
     """Hidden states of the packed positions, [T, D]."""
     layout: TokenLayout = inputs["layout"]
-    if "segments" in inputs:
+    ids = inputs["input_ids"]
+    if "trees" in inputs:
         hidden = body(
-            inputs["input_ids"],
-            shared_mask(inputs["segments"]),
+            ids,
+            NO_MASK,
             position_ids=inputs["position_ids"],
+            compact_trees=inputs["trees"],
         )
+    elif "segments" in inputs:
+        hidden = body(ids, shared_mask(inputs["segments"]), position_ids=inputs["position_ids"])
     else:
         # PAD positions only count where the layout holds them (mode="reference").
         seen = inputs["attention_mask"] if layout.real is not None else None
-        hidden = body(inputs["input_ids"], seen)
-    return hidden.reshape(-1, hidden.shape[-1])[inputs["gather"]]
+        hidden = body(ids, seen)
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, inputs["gather"])
 
 
 def compact_step(
@@ -164,6 +196,8 @@ def compact_step(
     """The loss of one batch from the collator; the model's own head and loss are never called."""
     head = body_and_head(model)
     layout: TokenLayout = inputs["layout"]
+    if "trees" in inputs and not attends_by_segments(model):
+        raise ValueError("this batch was packed for another student: its attention heeds no trees")
     if "priors" in inputs:
         layout = replace(layout, prior_logp=prior_logp(model, inputs["priors"], backend))
     hidden, weight = packed_hidden(body, inputs), head.weight

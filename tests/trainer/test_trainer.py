@@ -328,7 +328,10 @@ def poison(trainer: Any, question: str, teacher: int | None) -> None:
         bad = layout.sequence_question == ids.index(question)
         if teacher is not None:
             bad &= layout.teachers == teacher
-        factor = torch.where(bad, torch.nan, 1.0)[:, None, None]
+        factor = torch.ones(inputs["input_ids"].shape)
+        read = bad[layout.token_sequence] & layout.assistant_mask
+        factor.view(-1)[inputs["gather"][read]] = torch.nan
+        factor = factor[..., None]
         embedding = causal_model(model).get_input_embeddings()
         hook = embedding.register_forward_hook(lambda m, a, out: out * factor)
         try:

@@ -1,0 +1,128 @@
+"""Attention over one packed row, segment by segment: no padding, and no pair of strangers.
+
+A row holds trees one behind another, each a prompt and the rationales behind it:
+
+    prompt | rationale 1 | rationale 2 | prompt | rationale 1 | ...
+
+A token sees its own prompt, and its own rationale up to itself. Each segment is one call of SDPA
+over just these keys, so that a row of N tokens costs what its separate sequences cost, without the
+N x N pairs that a mask over the whole row would have. The function stands in transformers' registry
+of attention functions; a model that uses it behaves as with "sdpa" wherever no trees are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from compact_fast.students import causal_model
+
+NAME = "compact_fast_segments"
+Tree = tuple[int, ...]
+"""Lengths: of a prompt, then of each rationale behind it. A plain sequence is a tree of one."""
+
+seen_windows: list[int | None] | None = None
+"""While a list: the sliding window of each call that had trees, for the trial of a student."""
+
+
+def segment_attention(
+    module: Any,
+    query: Tensor,  # [1, heads, N, head_dim]
+    key: Tensor,  # [1, kv_heads, N, head_dim]
+    value: Tensor,  # [1, kv_heads, N, head_dim]
+    attention_mask: Tensor | None,
+    *,
+    compact_trees: Sequence[Tree] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """SDPA, or with `compact_trees` SDPA of each segment; returns [1, N, heads, head_dim]."""
+    if compact_trees is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    window = kwargs.get("sliding_window")
+    if seen_windows is not None:
+        seen_windows.append(window)
+    kwargs.pop("is_causal", None)
+    sizes = [size for tree in compact_trees for size in tree]
+    queries, keys, values = (torch.split(x, sizes, dim=2) for x in (query, key, value))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        new, all_ = q.shape[2], k.shape[2]
+        masked = new < all_ or (window is not None and all_ > window)
+        mask = _mask(new, all_, window, q.device) if masked else None
+        out: Tensor = sdpa_attention_forward(module, q, k, v, mask, is_causal=not masked, **kwargs)[
+            0
+        ]
+        return out
+
+    out, i = [], 0
+    for prompt, *rationales in compact_trees:
+        root = i
+        if prompt:
+            out.append(attend(queries[i], keys[i], values[i]))
+        for _ in rationales:
+            i += 1
+            k = torch.cat([keys[root], keys[i]], 2) if prompt else keys[i]
+            v = torch.cat([values[root], values[i]], 2) if prompt else values[i]
+            out.append(attend(queries[i], k, v))
+        i += 1
+    return torch.cat(out, 1), None
+
+
+@lru_cache(maxsize=128)
+def _mask(new: int, all_: int, window: int | None, device: torch.device) -> Tensor:
+    """[1, 1, new, all_] bool: the last `new` of `all_` tokens see what lies before them."""
+    mask = torch.ones((new, all_), dtype=torch.bool, device=device).tril_(all_ - new)
+    if window is not None:
+        mask.triu_(all_ - new - window + 1)
+    return mask[None, None]
+
+
+AttentionInterface.register(NAME, segment_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+NO_MASK = torch.ones((1, 1, 1, 1), dtype=torch.bool)
+"""Given with trees: four-dimensional, so that the model makes no mask of its own; never read."""
+
+
+def attends_by_segments(model: Any) -> bool:
+    """Whether the model's attention heeds trees."""
+    return bool(causal_model(model).config.get_text_config()._attn_implementation == NAME)
+
+
+def attend_by_segments(model: Any) -> None:
+    """From now on the model's attention heeds trees; without them nothing changes."""
+    if not attends_by_segments(model):
+        causal_model(model).set_attn_implementation(NAME)
+
+
+@contextmanager
+def attending_by_segments(model: Any) -> Iterator[None]:
+    """Inside, the model's attention heeds trees."""
+    causal = causal_model(model)
+    before = causal.config.get_text_config()._attn_implementation
+    attend_by_segments(model)
+    try:
+        yield
+    finally:
+        if before != NAME:
+            causal.set_attn_implementation(before)
+
+
+@contextmanager
+def recording_windows() -> Iterator[list[int | None]]:
+    """Inside, the list yielded collects the sliding window of every call that has trees."""
+    global seen_windows
+    found: list[int | None] = []
+    seen_windows = found
+    try:
+        yield found
+    finally:
+        seen_windows = None
