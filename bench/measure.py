@@ -69,10 +69,10 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def write_csv(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write results/NAME.csv, with `where()` on every row."""
+def write_csv(name: str, rows: Sequence[Mapping[str, Any]], path: Path | None = None) -> Path:
+    """Write results/NAME.csv, or `path`, with `where()` on every row."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.csv"
+    path = path or RESULTS / f"{name}.csv"
     stamped = [{**row, **where()} for row in rows]
     columns = list(dict.fromkeys(key for row in stamped for key in row))
     with path.open("w", newline="") as file:

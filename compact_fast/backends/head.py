@@ -99,9 +99,10 @@ class Statistics:
             block.exp_()
             torch.sum(block, -1, out=total[a : a + step])
             top[a : a + step] = peak.squeeze(1)
-        logsumexp = top + total.log()
-        self.logsumexp[rows] = logsumexp
-        self.logp[rows] = torch.where(labelled, at_target - logsumexp, 0.0)
+        log_total = total.log()
+        self.logsumexp[rows] = top + log_total
+        # the difference of two large numbers first: a confident row keeps its digits
+        self.logp[rows] = torch.where(labelled, (at_target - top) - log_total, 0.0)
         return total
 
 

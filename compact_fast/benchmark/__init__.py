@@ -1,0 +1,1 @@
+"""What `compact-fast bench` measures on the machine at hand: the loss, and the step graphs."""
