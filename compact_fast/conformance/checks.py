@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +12,14 @@ from torch import Tensor
 from compact_fast import scores
 from compact_fast.backends.protocol import CompactBackend, LossResult, Needs
 from compact_fast.config import CompactConfig
+from compact_fast.conformance.guesses import (
+    gradient_hint,
+    head_gradient_hint,
+    hint,
+    last_labels,
+    show,
+    weights_hint,
+)
 from compact_fast.conformance.judge import (
     REFERENCE,
     Fault,
@@ -23,7 +31,6 @@ from compact_fast.conformance.judge import (
     on_device,
     truth,
 )
-from compact_fast.reference import log_softmax, pick_targets
 from compact_fast.testing import RandomBatch, random_batch
 
 PLAIN = CompactConfig(consistency="off", filter_below=0.0)
@@ -124,6 +131,12 @@ def check_token_logp(subject: Subject) -> None:
     assert exact[2] is not None
     if got[2] is None or not torch.equal(got[2].cpu(), exact[2]):
         raise Fault("token_correct: other positions than the reference")
+    with_loss = subject.run(batch, PLAIN, statistics=True)
+    for name, o, e in zip(("token_logp", "token_entropy"), own, exact, strict=False):
+        compare(f"{name} beside the loss", getattr(with_loss, name), o, e)
+    correct = with_loss.token_correct
+    if correct is None or not torch.equal(correct, exact[2] & batch.layout.labelled):
+        raise Fault("token_correct beside the loss: other positions than the reference")
 
 
 def check_difficulty(subject: Subject) -> None:
@@ -131,10 +144,12 @@ def check_difficulty(subject: Subject) -> None:
     batch = _batch()
     got, own, exact = _both(subject, batch, PLAIN)
     layout = batch.layout
-    last = _last_labels(batch)
+    last = last_labels(batch)
     without = torch.where(last, 0.0, exact.token_logp)
     fewer = layout.label_counts - 1
+    unbiased = replace(batch, bias=torch.zeros_like(batch.bias))
     guesses = {
+        "the head's bias is left out": truth(unbiased, PLAIN).nll,
         "it leaves out each rationale's last labelled token": -scores.segment_sum(without, layout)
         / fewer,
         "the last labelled token counts as 0": -scores.segment_sum(without, layout)
@@ -144,7 +159,7 @@ def check_difficulty(subject: Subject) -> None:
         * layout.label_counts
         / layout.sequence_lengths,
     }
-    compare("nll", got.nll, own.nll, exact.nll, _hint(got.nll, guesses))
+    compare("nll", got.nll, own.nll, exact.nll, partial(hint, got.nll, guesses))
 
 
 def check_adaptability(subject: Subject) -> None:
@@ -159,7 +174,7 @@ def check_adaptability(subject: Subject) -> None:
             "it counts positions outside the assistant's turn": everywhere,
             "thinking tokens are not set apart": flat,
         }
-        compare(f"mi ({mi})", got.mi, own.mi, exact.mi, _hint(got.mi, guesses))
+        compare(f"mi ({mi})", got.mi, own.mi, exact.mi, partial(hint, got.mi, guesses))
 
 
 def check_weights(subject: Subject) -> None:
@@ -177,13 +192,14 @@ def check_weights(subject: Subject) -> None:
                 config,
                 teachers=batch.layout.teachers,
             )
-            _judge_weights(got.weights, want.weights, batch)
+            why = partial(weights_hint, got, batch, config)
+            _judge_weights(got.weights, want.weights, batch, why)
             for name in ("filtered", "nonfinite", "skipped"):
                 if not torch.equal(getattr(got, name), getattr(want, name)):
                     raise Fault(f"{name}: other teachers or questions than the scores say")
 
 
-def _judge_weights(got: Tensor, want: Tensor, batch: RandomBatch) -> None:
+def _judge_weights(got: Tensor, want: Tensor, batch: RandomBatch, why: Callable[[], str]) -> None:
     if close(got, want, 1e-5):
         return
     for q, (a, b) in enumerate(
@@ -192,14 +208,14 @@ def _judge_weights(got: Tensor, want: Tensor, batch: RandomBatch) -> None:
         mine, right = got[a:b], want[a:b]
         if close(mine, right, 1e-5):
             continue
-        what = f"weights of question {q}: {_show(mine)}, expected {_show(right)}"
+        what = f"weights of question {q}: {show(mine)}, expected {show(right)}"
         if close(mine.sort().values, right.sort().values, 1e-5):
             raise Fault(f"{what}: the right weights at the wrong teachers (swapped)")
         if abs(float(mine.sum()) - 1) > 1e-4 and float(right.sum()) > 0:
             raise Fault(f"{what}: they sum to {float(mine.sum()):.6g}, not 1 (not normalised)")
         if close(mine, torch.full_like(mine, 1 / mine.numel())):
             raise Fault(f"{what}: uniform, the scores are ignored")
-        raise Fault(what)
+        raise Fault(f"{what}; {why()}" if why() else what)
 
 
 def check_loss(subject: Subject) -> None:
@@ -218,7 +234,7 @@ def check_loss(subject: Subject) -> None:
         }
         if config.consistency == "off":
             guesses = dict(list(guesses.items())[:2])
-        compare("loss", got.loss, own.loss, exact.loss, _hint(got.loss, guesses))
+        compare("loss", got.loss, own.loss, exact.loss, partial(hint, got.loss, guesses))
         compare("consistency", got.consistency, own.consistency, exact.consistency)
         given = subject.run(batch, config, normalizer=8.0)
         if not close(given.loss * 8, exact.loss * Q):
@@ -237,8 +253,9 @@ def check_hidden_gradient(subject: Subject) -> None:
     ):
         got, own, exact = _both(subject, batch, config)
         g, o, e = (r.gradients.hidden for r in (got, own, exact))
-        hint = "" if g is None or e is None else _gradient_hint(g, e, exact, batch, config)
-        compare(f"gradient of hidden ({config.weighting})", g, o, e, hint)
+        assert e is not None
+        why = str if g is None else partial(gradient_hint, g, e, exact, batch, config)
+        compare(f"gradient of hidden ({config.weighting})", g, o, e, why)
 
 
 def check_head_gradient(subject: Subject) -> None:
@@ -253,7 +270,7 @@ def check_head_gradient(subject: Subject) -> None:
                 f"gradient of {name}: relative error {error:.1e} in float32; is it accumulated or "
                 "kept in bfloat16 or float16?"
             )
-        compare(f"gradient of {name}", g, o, e)
+        compare(f"gradient of {name}", g, o, e, partial(head_gradient_hint, name, g, exact, batch))
 
 
 def check_low_precision(subject: Subject) -> None:
@@ -273,6 +290,8 @@ def check_low_precision(subject: Subject) -> None:
         for name, g, o, e in zip(
             Needs._fields, got.gradients, own.gradients, exact.gradients, strict=True
         ):
+            if g is not None and g.dtype != dtype:
+                raise Fault(f"gradient of {name}: dtype {g.dtype} for {dtype} inputs")
             compare(f"gradient of {name} ({dtype})", g, o, e)
 
 
@@ -341,6 +360,55 @@ def check_determinism(subject: Subject) -> None:
                 raise Fault(f"{name}: other bits on a second call with the same input")
 
 
+def check_strides(subject: Subject) -> None:
+    """Arguments may be views with any strides."""
+    batch = _batch()
+    config = CompactConfig(consensus="both", mi="logprob")
+    columns = torch.stack([batch.consensus, batch.attention], 1)
+    views = replace(
+        batch,
+        hidden=batch.hidden.T.contiguous().T,
+        weight=batch.weight.T.contiguous().T,
+        bias=torch.stack([batch.bias, batch.bias], 1)[:, 0],
+        consensus=columns[:, 0],
+        attention=columns[:, 1],
+    )
+    plain, got = subject.run(batch, config), subject.run(views, config)
+    for name in ("nll", "mi", "weights", "loss", "token_logp"):
+        if not close(getattr(got, name), getattr(plain, name)):
+            raise Fault(f"{name} changes when the same numbers come as views with other strides")
+    for name, x, y in zip(Needs._fields, plain.gradients, got.gradients, strict=True):
+        if x is None or y is None or not close(x, y):
+            raise Fault(f"gradient of {name} changes when arguments come with other strides")
+
+
+def check_small_gradients(subject: Subject) -> None:
+    """With skip_below, for backends that offer it: figures stay, the reported bound holds."""
+    if not getattr(subject.backend, "skips_blocks", False):
+        return
+    batch = _batch(unlabelled=False, scale=1.0)
+    plain = subject.run(batch, PLAIN)
+    got = subject.run(batch, replace(PLAIN, skip_below=0.05))
+    for name in ("loss", "nll", "mi", "weights", "token_logp"):
+        if not close(getattr(got, name), getattr(plain, name), 1e-6):
+            raise Fault(f"{name} changes with skip_below; only gradients may")
+    if got.kept_share is None or not 0 < float(got.kept_share) < 1:
+        raise Fault(f"kept_share: {got.kept_share}, expected a share between 0 and 1")
+    if got.gradient_error is None or tuple(got.gradient_error.shape) != (3,):
+        raise Fault("gradient_error: expected 3 bounds, for hidden, weight and bias")
+    for name, whole, part, bound in zip(
+        Needs._fields, plain.gradients, got.gradients, got.gradient_error.tolist(), strict=True
+    ):
+        assert whole is not None
+        assert part is not None
+        error = float((whole - part).double().norm())
+        if error > bound + 1e-6 * float(whole.double().norm()):
+            raise Fault(
+                f"gradient of {name} is off by {error:.3g} with skip_below, more than the bound "
+                f"{bound:.3g} that is reported"
+            )
+
+
 def check_arguments_untouched(subject: Subject) -> None:
     """Arguments are neither changed nor handed back as results."""
     batch = _batch()
@@ -377,82 +445,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_non_finite,
     check_company,
     check_determinism,
+    check_strides,
+    check_small_gradients,
     check_arguments_untouched,
 )
-
-
-# ---- guesses about what went wrong ---------------------------------------------------------------
-
-
-def _hint(got: Tensor, guesses: dict[str, Tensor]) -> str:
-    return next((text for text, value in guesses.items() if close(got, value)), "")
-
-
-def _show(values: Tensor) -> str:
-    return "(" + ", ".join(f"{v:.4g}" for v in values.tolist()) + ")"
-
-
-def _last_labels(batch: RandomBatch) -> Tensor:
-    layout = batch.layout
-    at = torch.where(layout.labelled, torch.arange(layout.num_tokens), -1)
-    last = torch.full((layout.num_sequences,), -1).scatter_reduce(
-        0, layout.token_sequence, at, "amax"
-    )
-    out = torch.zeros_like(layout.labelled)
-    out[last[last >= 0]] = True
-    return out
-
-
-def _gradient_hint(
-    got: Tensor, exact: Tensor, result: LossResult, batch: RandomBatch, config: CompactConfig
-) -> str:
-    layout = batch.layout
-    if close(got, _gradient_through_alpha(batch, config), 1e-3):
-        return "it flows through alpha, which must be a constant (detached)"
-    if config.consistency != "all" and bool(got[~layout.labelled].any()):
-        return "positions without a label have a gradient"
-    last = _last_labels(batch)
-    if bool((got[last] == 0).all()):
-        return "each rationale's last labelled token has none"
-    ratios = []
-    for s in range(layout.num_sequences):
-        mine, right = (t[layout.token_sequence == s].double() for t in (got, exact))
-        square = (right * right).sum()
-        if square == 0:
-            continue
-        ratio = (mine * right).sum() / square
-        if not close(mine, ratio * right, 1e-4):
-            return ""
-        ratios.append((s, float(ratio)))
-    off = [(s, r) for s, r in ratios if abs(r - 1) > 1e-3]
-    if not off:
-        return ""
-    s, r = off[0]
-    if all(abs(x - r) < 1e-3 for _, x in ratios):
-        return f"all of it is {r:.4g} times too large: the division by questions or labels is off"
-    return (
-        f"rationale {s} has {r:.4g} times the gradient that its weight "
-        f"{float(result.weights[s]):.4g} gives it (wrong weight)"
-    )
-
-
-def _gradient_through_alpha(batch: RandomBatch, config: CompactConfig) -> Tensor:
-    """What the hidden gradient would be if alpha were not detached (labels' part alone)."""
-    wide = in_float64(batch)
-    layout = batch.layout
-    hidden = wide.hidden.clone().requires_grad_()
-    with torch.enable_grad():
-        logp = log_softmax(hidden, wide.weight, wide.bias)
-        nll = scores.difficulty(pick_targets(logp, layout.targets), layout)
-        shares = inspect.unwrap(scores.teacher_weights)(
-            truth(batch, config).mi,
-            nll,
-            wide.consensus,
-            wide.attention,
-            layout.cu_teachers,
-            config,
-            teachers=layout.teachers,
-        )
-        loss = (shares.weights * nll).sum() / layout.num_questions
-        (gradient,) = torch.autograd.grad(loss, hidden)
-    return gradient

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,26 +114,36 @@ def allowed(own: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
 
 
 def compare(
-    what: str, got: Tensor | None, own: Tensor | None, exact: Tensor | None, hint: str = ""
+    what: str,
+    got: Tensor | None,
+    own: Tensor | None,
+    exact: Tensor | None,
+    hint: Callable[[], str] = str,
 ) -> None:
-    """Raise Fault unless `got` is as near to `exact` as the reference in the same dtype is."""
+    """Raise Fault unless `got` is as near to `exact` as the reference in the same dtype is.
+
+    hint: says what may have gone wrong, when something has.
+    """
     assert own is not None
     assert exact is not None
     if got is None:
         raise Fault(f"{what}: missing")
     if got.shape != exact.shape:
         raise Fault(f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}")
-    more = f"; {hint}" if hint else ""
     if not torch.equal(got.isnan(), exact.isnan()):
-        raise Fault(f"{what}: NaN in other places than the reference{more}")
+        raise Fault(_with(hint, f"{what}: NaN in other places than the reference"))
     error = (got.double() - exact).nan_to_num().abs()
     limit = allowed(own, exact, got.dtype)
     if error.numel() and float(error.max()) > limit:
         at = int(error.argmax())
-        raise Fault(
-            f"{what}[{at}]: {got.reshape(-1)[at].item():.8g}, expected "
-            f"{exact.reshape(-1)[at].item():.8g} within {limit:.1e}{more}"
-        )
+        found, right = (t.reshape(-1)[at].item() for t in (got, exact))
+        text = f"{what}[{at}]: {found:.8g}, expected {right:.8g} within {limit:.1e}"
+        raise Fault(_with(hint, text))
+
+
+def _with(hint: Callable[[], str], text: str) -> str:
+    why = hint()
+    return f"{text}; {why}" if why else text
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:

@@ -134,6 +134,101 @@ def aliased(good, args):
     return good._replace(consensus=args[4])
 
 
+def configured(good, args, **change):
+    config = dataclasses.replace(args[6], **change)
+    return ReferenceBackend().score_and_loss(*args[:6], config, *args[7:])
+
+
+def cold(good, args):
+    return configured(good, args, tau=1.0)
+
+
+def without_floor(good, args):
+    return configured(good, args, z_floor=0.0)
+
+
+def deaf(good, args):
+    """Hears nothing of consensus."""
+    return ReferenceBackend().score_and_loss(*args[:4], torch.ones_like(args[4]), *args[5:])
+
+
+def fond_of_difficulty(good, args):
+    return configured(good, args, beta_difficulty=-args[6].beta_difficulty)
+
+
+def half_consistency(good, args):
+    return configured(good, args, consistency_weight=args[6].consistency_weight / 2)
+
+
+def value_without_pull(good, args):
+    return good._replace(gradients=configured(good, args, consistency="off").gradients)
+
+
+def unweighted_head(good, args):
+    if good.gradients.weight is None:
+        return good
+    even = configured(good, args, weighting="uniform").gradients
+    return good._replace(gradients=good.gradients._replace(weight=even.weight))
+
+
+def summed_head(good, args):
+    if good.gradients.weight is None:
+        return good
+    g = good.gradients.weight * args[3].num_questions
+    return good._replace(gradients=good.gradients._replace(weight=g))
+
+
+def bias_left_alone(good, args):
+    g = good.gradients
+    return good if g.bias is None else good._replace(gradients=g._replace(bias=0 * g.bias))
+
+
+def without_bias(good, args):
+    bias = torch.zeros_like(args[2])
+    return ReferenceBackend().score_and_loss(*args[:2], bias, *args[3:])
+
+
+def half_precision(good, args):
+    g = good.gradients.hidden
+    return good if g is None else with_hidden(good, g.half().to(g.dtype))
+
+
+def wide_gradient(good, args):
+    g = good.gradients.hidden
+    return good if g is None else with_hidden(good, g.float() if g.dtype.itemsize == 2 else g)
+
+
+def always_correct(good, args):
+    if good.token_correct is None:
+        return good
+    return good._replace(token_correct=torch.ones_like(good.token_correct))
+
+
+def blind_to_strides(good, args):
+    """Reads scores as they lie in memory."""
+    lie = torch.as_strided(args[4], args[4].shape, (1,))
+    return ReferenceBackend().score_and_loss(*args[:4], lie, *args[5:])
+
+
+class Overconfident(TorchBackend):
+    """Leaves small gradients out and says that nothing is missing."""
+
+    skips_blocks = True
+
+    def score_and_loss(self, hidden, weight, bias, layout, consensus, attention, config, *rest):
+        eps, config = config.skip_below, dataclasses.replace(config, skip_below=0.0)
+        args = (hidden, weight, bias, layout, consensus, attention, config, *rest)
+        good = super().score_and_loss(*args)
+        if eps == 0:
+            return good
+        g = good.gradients
+        cut = [torch.where(t.abs() < eps, 0.0, t) for t in g]
+        none = torch.zeros(3)
+        return good._replace(
+            gradients=Gradients(*cut), kept_share=torch.tensor(0.5), gradient_error=none
+        )
+
+
 class Forgetful(ReferenceBackend):
     """Leaves the log-sum-exp out of token_logp."""
 
@@ -182,6 +277,20 @@ FAULTS = {
     unfiltered: r"filtered: other teachers or questions than the scores say|weights of question",
     poisoned: r"one rationale's NaN reaches the loss",
     aliased: r"consensus: the argument itself is handed back",
+    cold: r"the temperature tau is ignored",
+    without_floor: r"z_floor is ignored",
+    deaf: r"the consensus is ignored",
+    fond_of_difficulty: r"difficulty counts for a teacher, not against it",
+    half_consistency: r"the consistency term's gradient is taken 0\.5 times",
+    value_without_pull: r"the consistency term has no gradient",
+    unweighted_head: r"gradient of weight.*the weights are ignored",
+    summed_head: r"8 times too large: the division by questions is off",
+    bias_left_alone: r"gradient of bias.*it is 0",
+    without_bias: r"the head's bias is left out",
+    half_precision: r"gradient of hidden.*is it kept in bfloat16 or float16",
+    wide_gradient: r"gradient of hidden: dtype torch.float32 for torch.bfloat16 inputs",
+    always_correct: r"token_correct beside the loss: other positions than the reference",
+    blind_to_strides: r"weights changes when the same numbers come as views with other strides",
 }
 
 
@@ -197,8 +306,9 @@ def test_a_faulty_backend_is_told_its_fault(spoil):
         (Forgetful(), "token_logp is not normalised: .* is the log-sum-exp missing"),
         (Rounding(), r"are logits rounded to torch.bfloat16 on the way"),
         (Restless(), "loss: other bits on a second call"),
+        (Overconfident(name="overconfident"), "more than the bound 0 that is reported"),
     ],
-    ids=["no normalisation", "rounded logits", "not repeatable"],
+    ids=["no normalisation", "rounded logits", "not repeatable", "false bound"],
 )
 def test_faults_beyond_the_result(backend, message):
     with pytest.raises(AssertionError, match=message):
