@@ -121,12 +121,8 @@ class WorldSettings:
     world_shuffle_styles: bool = True
     """Deal the writing styles to the teachers anew in every question."""
 
-    eval_questions: int = 300
-    """Problems to evaluate on; none of them is trained on."""
-
     def __post_init__(self) -> None:
         _require(self, "world_questions", lambda v: v >= 1, "a whole number >= 1")
-        _require(self, "eval_questions", lambda v: v >= 0, "a whole number >= 0")
 
 
 @dataclass(frozen=True)
@@ -234,10 +230,12 @@ class EvaluationSettings:
     """What is measured on the student before and after training, and by `eval`."""
 
     eval_data: str | None = None
-    """Questions with answers to evaluate on; rationales are not needed."""
+    """Questions with answers to evaluate on; rationales are not needed. null: fresh problems where
+    `data` is the built-in world, else none."""
 
-    eval_limit: int | None = None
-    """Use only so many questions of eval_data."""
+    eval_questions: int | None = None
+    """Evaluate on so many questions, the first ones of eval_data. null: all of a file, 300 problems
+    of the built-in world."""
 
     eval_batch_size: int = 32
     """Questions answered at once."""
@@ -260,7 +258,7 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         for key in ("eval_batch_size", "max_new_tokens"):
             _require(self, key, lambda v: v >= 1, "a whole number >= 1")
-        _require(self, "eval_limit", lambda v: v is None or v >= 1, "null or a number >= 1")
+        _require(self, "eval_questions", lambda v: v is None or v >= 0, "null or a number >= 0")
         _require(self, "samples", lambda v: v >= 0, "a whole number >= 0")
 
 

@@ -19,8 +19,6 @@ def run(arguments: Arguments) -> int:
     config.require("student")
     if config.run.data is not None and config.evaluation.eval_data is None:
         config = config.replace(eval_data=config.run.data)
-    if config.evaluation.eval_data is None and config.evaluation.forget_text is None:
-        raise ValueError("nothing to evaluate on: give --data FILE, or --forget TEXT")
     target = arguments.option("output")
     if target is not None and Path(target).is_dir():
         raise ValueError(f"--output: {target} is a folder; name a file")
@@ -32,6 +30,8 @@ def run(arguments: Arguments) -> int:
     from compact_fast.pipeline.training import evaluate_student
 
     found = evaluation_questions(config)
+    if found is None and config.evaluation.forget_text is None:
+        raise ValueError("nothing to evaluate on: give --data FILE, or --forget TEXT")
     if found:
         say(f"Questions  {len(found[0]):,} of {found[1]}")
     text = read_text(config.evaluation.forget_text) if config.evaluation.forget_text else None

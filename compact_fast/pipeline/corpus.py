@@ -12,6 +12,7 @@ from compact_fast.run_config import ARITHMETIC, RunConfig
 
 # Offset between the built-in world's training seed and the seed of its evaluation problems.
 EVALUATION_SEED = 1_000_003
+WORLD_PROBLEMS = 300  # to evaluate on, unless told
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def world_questions(config: RunConfig) -> list[Question]:
 
 def evaluation_questions(config: RunConfig) -> tuple[list[Question], str] | None:
     """Questions to evaluate on and what they are, or None when the run asks for none."""
-    path, number = config.evaluation.eval_data, config.world.eval_questions
-    if path is None and config.run.data != ARITHMETIC:
+    path, number = config.evaluation.eval_data, config.evaluation.eval_questions
+    if number == 0 or (path is None and config.run.data != ARITHMETIC):
         return None
     if path is not None and path != ARITHMETIC:
         from compact_fast.data import read_questions
@@ -97,17 +98,15 @@ def evaluation_questions(config: RunConfig) -> tuple[list[Question], str] | None
             path,
             split=config.data.split,
             on_error=config.data.on_error,
-            limit=config.evaluation.eval_limit,
+            limit=number,
             need_rationales=False,
         )
         return list(questions), path
-    if number == 0:
-        return None
     from compact_fast.arithmetic import make_questions
 
     w = config.world
     problems = make_questions(
-        min(number, config.evaluation.eval_limit or number),
+        WORLD_PROBLEMS if number is None else number,
         w.world_seed + EVALUATION_SEED,
         scenario=w.world_scenario,
         shuffle_styles=w.world_shuffle_styles,

@@ -191,7 +191,7 @@ class Measurement:
 
     def _asked(self) -> dict[str, Any]:
         flat = self.inputs.config.flat()
-        keys = ("eval_data", "eval_limit", "eval_questions", "world_seed", "max_new_tokens")
+        keys = ("eval_data", "eval_questions", "world_seed", "max_new_tokens")
         more = ("generate", "samples", "likelihood", "forget_text", "holdout", "limit")
         return {k: flat[k] for k in (*keys, *more)}
 

@@ -57,7 +57,21 @@ def test_evaluation_problems_are_new(tmp_path):
     assert len(found[0]) == 50
     assert not trained & {q.question for q in found[0]}
     assert evaluation_questions(config(data="arithmetic", eval_questions=0)) is None
+    assert len(evaluation_questions(config(data="arithmetic"))[0]) == 300
     assert evaluation_questions(config(data=str(tmp_path / "x.jsonl"))) is None
+
+
+def test_as_many_questions_of_a_file_are_evaluated_on_as_asked_for(tmp_path):
+    lines = [f'{{"question": "What is {i} + 1?", "answer": "{i + 1}"}}' for i in range(5)]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+
+    def found(**keys):
+        return evaluation_questions(config(data="x", eval_data=str(path), **keys))
+
+    assert len(found()[0]) == 5
+    assert [q.answer for q in found(eval_questions=2)[0]] == ["1", "2"]
+    assert found(eval_questions=0) is None
 
 
 def test_teachers_are_selected_and_ordered():
