@@ -19,6 +19,7 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "fp16": (False, "fp16 is not supported; use bf16, or fp32"),
     "fsdp": ("", "sharded students are not supported"),
     "deepspeed": (None, "DeepSpeed is not supported"),
+    "dataloader_drop_last": (False, "no question is dropped"),
     "train_sampling_strategy": ("random", "questions are drawn in random order, fixed by seed"),
 }
 
@@ -27,8 +28,9 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 class CompactTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` whose defaults are the authors' set-up.
 
-    A batch is `per_device_train_batch_size` whole questions with all their rationales. Evaluation
-    is batched by `eval_batch_tokens`, not by `per_device_eval_batch_size`.
+    A batch is `per_device_train_batch_size` whole questions with all their rationales, or as many
+    as `max_tokens_per_step` has room for. Evaluation is batched by `eval_batch_tokens`, not by
+    `per_device_eval_batch_size`.
     Raises ValueError naming a setting that this trainer cannot honour.
     """
 
@@ -47,6 +49,10 @@ class CompactTrainingArguments(TrainingArguments):
     share_prompts: bool = True
     """Read a question's prompt once for all its rationales, where the student can take it and it
     saves work. Equal but for rounding."""
+
+    max_tokens_per_step: int | None = None
+    """Tokens in one forward pass on one device, as many whole questions as fit, in place of
+    per_device_train_batch_size questions. A longer question goes alone."""
 
     eval_batch_tokens: int = 16384
     """Padded tokens in one forward pass of the evaluation."""
@@ -74,6 +80,8 @@ class CompactTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={value!r}: {why}")
         if self.progress not in ("auto", "bar", "lines", "none"):
             raise ValueError(f"progress={self.progress!r}: expected auto, bar, lines or none")
+        if self.max_tokens_per_step is not None and self.max_tokens_per_step < 1:
+            raise ValueError(f"max_tokens_per_step={self.max_tokens_per_step}: expected at least 1")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True: every column of the rows is used")
         if not self.teachers:

@@ -16,10 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from compact_fast.students import body_and_head, causal_model, inference
+from compact_fast.trainer.batching import Ints, question_lengths
 from compact_fast.trainer.segments import (
     NO_MASK,
     attending_by_segments,
@@ -45,14 +47,25 @@ class Packing:
     width: int = 0
     """Hidden width of the body, for what costs less."""
 
+    def sizes(
+        self, prompt: Ints, completions: Ints, longest: Ints, count: Ints
+    ) -> tuple[Ints, Ints | None]:
+        """What questions take in a pass: tokens, or where they are padded length and rows; [n].
+
+        Given are the lengths of prompts, the sums and the longest of the completions, and how many.
+        """
+        if self.kind == "segments":
+            return (prompt if self.shared else prompt * count) + completions, None
+        if self.kind == "mask":
+            return prompt + completions, np.ones_like(count)
+        return prompt + longest, count
+
     def positions(self, row: Mapping[str, Any]) -> int:
         """Tokens the body reads for a question alone in its pass, padding included."""
-        prompt, lengths = len(row["prompt_ids"]), [len(c) for c in row["completion_ids"]]
-        if self.kind == "segments" and not self.shared:
-            return prompt * len(lengths) + sum(lengths)
-        if self.shared and (self.kind == "segments" or is_cheaper([row], self.width)):
-            return prompt + sum(lengths)
-        return (prompt + max(lengths)) * len(lengths)
+        if self.kind == "mask" and not is_cheaper([row], self.width):
+            return Packing().positions(row)
+        sizes, rows = self.sizes(*question_lengths([row]))
+        return int(sizes[0]) * (1 if rows is None else int(rows[0]))
 
     def describe(self, rows: int, tokens: int, saved: int) -> str:
         """One line for people: what is read, and what sharing saves."""

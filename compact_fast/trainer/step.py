@@ -28,6 +28,7 @@ from compact_fast.students import (
     inference,
     unwrap,
 )
+from compact_fast.trainer.batching import IDLE
 from compact_fast.trainer.packing import (
     Packing,
     choose_packing,
@@ -103,6 +104,8 @@ class Collator:
         if packed:
             out.pop("attention_mask")
             out |= packed
+        if rows[0].get(IDLE):
+            out[IDLE] = True
         if self.priors:
             out["priors"] = dict(vars(collate_priors(rows, **common)))
         return out
@@ -122,6 +125,13 @@ def pad_token(tokenizer: Any, model: Any) -> int:
         if value is not None and 0 <= value < config.vocab_size:
             return int(value)
     return 0
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """What a collator made, with everything that can be moved on the device."""
+    if isinstance(inputs, dict):
+        return {name: to_device(value, device) for name, value in inputs.items()}
+    return inputs.to(device, non_blocking=True) if hasattr(inputs, "to") else inputs
 
 
 def direct_body(model: Any) -> Body:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,10 +23,17 @@ from compact_fast.students import (
     prepare_checkpointing,
 )
 from compact_fast.trainer.arguments import CompactTrainingArguments
+from compact_fast.trainer.batching import (
+    IDLE,
+    QuestionBatches,
+    QuestionLoader,
+    Questions,
+    question_lengths,
+)
 from compact_fast.trainer.callbacks import ProgressDisplay, RunFiles
 from compact_fast.trainer.checkpoints import CheckpointedTrainer
 from compact_fast.trainer.guard import NonFiniteGuard
-from compact_fast.trainer.step import Collator, compact_step, wrapped_body
+from compact_fast.trainer.step import Collator, compact_step, to_device, wrapped_body
 from compact_fast.trainer.window import LogWindow
 
 logger = logging.getLogger(__name__)
@@ -78,22 +86,28 @@ class CompactTrainer(CheckpointedTrainer):
                 f"{args.n_gpu} GPUs are visible, one is used; start with torchrun to use more"
             )
             args._n_gpu = 1
+        collator = Collator.of(
+            model,
+            processing_class,
+            config,
+            args.thinking_ids,
+            share_prompts=args.share_prompts,
+            device=args.device,
+        )
+        self._packing = collator.packing
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator.of(
-                model,
-                processing_class,
-                config,
-                args.thinking_ids,
-                share_prompts=args.share_prompts,
-            ),
+            data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=list(callbacks),
             optimizers=optimizers,
         )
+        self._lengths = question_lengths(train_dataset)
+        self.reading = self._describe_reading()
+        logger.info("%s", self.reading["text"])
         vocab, width = head.weight.shape
         dtype = torch.bfloat16 if args.bf16 else head.weight.dtype
         spec = RunSpec(args.device, dtype, vocab, width, head.bias is not None)
@@ -105,6 +119,7 @@ class CompactTrainer(CheckpointedTrainer):
             self.remove_callback(callback)
         self.files = RunFiles(
             {
+                "reading": self.reading,
                 "backend": {"name": self.choice.backend.name, "reason": self.choice.reason},
                 "teachers": args.teachers,
                 "device": str(args.device),
@@ -152,6 +167,54 @@ class CompactTrainer(CheckpointedTrainer):
             )
         return rows.select(keep) if hasattr(rows, "select") else [rows[i] for i in keep]
 
+    def _describe_reading(self) -> dict[str, Any]:
+        """How rationales are packed, with the tokens of all questions and those that are saved."""
+        prompt, completions, _, count = self._lengths
+        packing = self._packing
+        tokens = int((prompt * count + completions).sum())
+        saved = int((prompt * (count - 1)).sum()) if packing.shared else 0
+        return {
+            "packing": packing.kind,
+            "shared_prompts": packing.shared,
+            "reason": packing.reason,
+            "tokens": tokens,
+            "tokens_saved": saved,
+            "text": packing.describe(len(prompt), tokens, saved),
+        }
+
+    def get_train_dataloader(self) -> QuestionLoader:
+        """This process's forward passes, in the order of the epoch."""
+        args = self.args
+        sizes, rows = self._packing.sizes(*self._lengths)
+        batches = QuestionBatches(
+            sizes,
+            questions=self._train_batch_size,
+            budget=args.max_tokens_per_step,
+            rows=rows,
+            together=args.gradient_accumulation_steps,
+            rank=args.process_index,
+            world=args.world_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+        if batches.oversized:
+            logger.warning(
+                "max_tokens_per_step=%d: %d of %d questions are longer, each is read alone",
+                *(args.max_tokens_per_step, batches.oversized, len(sizes)),
+            )
+        return QuestionLoader(
+            Questions(self.train_dataset),
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = to_device(inputs, self.args.device)
+        return found
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's; the clock of the throughput runs from here."""
         self._window.open(self.state.global_step)
@@ -159,7 +222,9 @@ class CompactTrainer(CheckpointedTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
         """Questions in the global batch: what the loss is divided by."""
-        count = torch.tensor(sum(len(b["ids"]) for b in batch_samples), device=device)
+        count = torch.tensor(
+            sum(len(b["ids"]) for b in batch_samples if IDLE not in b), device=device
+        )
         return int(self._total(count).item())
 
     def _total(self, values: Tensor) -> Tensor:
@@ -187,9 +252,11 @@ class CompactTrainer(CheckpointedTrainer):
                 backend=self.choice.backend,
                 normalizer=None if num_items_in_batch is None else float(num_items_in_batch),
             )
-        if model.training:
+        if model.training and IDLE not in inputs:
             self._window.add(out, inputs["layout"])
             self._guard.add(out, inputs["layout"], inputs["ids"])
+        if IDLE in inputs:
+            out = replace(out, loss=out.loss * 0.0)
         # Replicas average their gradients; the sum is already divided by the global count.
         loss = out.loss if num_items_in_batch is None else out.loss * self.args.world_size
         return (loss, out) if return_outputs else loss
