@@ -185,6 +185,11 @@ class TrainingSettings:
     """Read a question's prompt once for all its rationales, where the student can take it and it
     saves work. Equal but for rounding."""
 
+    fusion: Literal["auto", "packed", "per_teacher"] = "auto"
+    """packed: all rationales of a step in one forward pass. per_teacher: one rationale at a time,
+    with the memory of one; gradients of teachers are compared in the logs. auto: packed, unless
+    the forecast says that only per_teacher fits the device's memory."""
+
     backend: str = "auto"
     """Backend of the loss: auto, torch, triton, reference, or an installed one by its name."""
 

@@ -263,6 +263,14 @@ def add_lora(model: Any, settings: LoraSettings, *, base: str | None = None, see
     return model
 
 
+def merged(model: Any) -> Any:
+    """The model with its adapter folded into its weights, as transformers knows it; a model without
+    adapter as it is. ValueError when the sum is not finite. The given model is used up."""
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    return model.merge_and_unload(safe_merge=True)
+
+
 def prepare_checkpointing(model: Any) -> None:
     """Let gradients reach a frozen body's first layer, without which recomputation has none."""
     if not any(p.requires_grad for p in model.get_input_embeddings().parameters()):

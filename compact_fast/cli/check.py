@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from compact_fast.cli.arguments import Arguments
 from compact_fast.cli.train import hear, read, say
 from compact_fast.cli.verb import Verb
 from compact_fast.run_config import GROUPS, load
 from compact_fast.tables import indent, size, table
+
+if TYPE_CHECKING:
+    from compact_fast.pipeline.forecast import Forecast
 
 
 def run(arguments: Arguments) -> int:
@@ -37,16 +42,35 @@ def run(arguments: Arguments) -> int:
         ["questions a step", f"{f.questions_per_update:,}"],
         ["epochs", f"{f.epochs:.3g}"],
         ["tokens read", f"{f.tokens:,}"],
-        ["weights", size(f.weight_bytes)],
-        ["gradients", size(f.gradient_bytes)],
-        ["optimizer", size(f.optimizer_bytes)],
-        ["activations of the largest batch", size(f.activation_bytes)],
-        ["loss", size(f.loss_bytes)],
-        ["Python and libraries", size(f.process_bytes)],
-        ["memory at the peak, about", size(f.peak_bytes)],
     ]
     say(indent(table(rows[0], rows[1:])))
+    say("\n" + indent(_memory_text(f)))
     return 0
+
+
+def _memory_text(f: Forecast) -> str:
+    """Both ways of fusing teachers side by side, the one that would run marked."""
+    ways = {"packed": f.packed, "per_teacher": f.per_teacher}
+    head = ["memory, about", *(f"{name} *" if name == f.fusion else name for name in ways)]
+    lines = [
+        ("weights", "weights"),
+        ("gradients", "gradients"),
+        ("optimizer", "optimizer"),
+        ("activations of the largest pass", "activations"),
+        ("loss", "loss"),
+        ("Python and libraries", "process"),
+        ("at the peak", "peak_bytes"),
+    ]
+    rows = [[label, *(size(getattr(m, name)) for m in ways.values())] for label, name in lines]
+    why = (
+        f"* would run; the device has {size(f.available)} (fusion: packed or per_teacher to choose)"
+    )
+    if f.chosen.peak_bytes > f.available:
+        why += (
+            "\nwarning: more than the device has; lower questions_per_step or max_length, or set "
+        )
+        why += "gradient_checkpointing"
+    return table(head, rows) + "\n" + why
 
 
 VERB = Verb(

@@ -17,7 +17,7 @@ from compact_fast.cli import messages
 from compact_fast.cli.verb import Verb
 from compact_fast.flat_yaml import near
 
-VERBS = ("init", "check", "train", "eval", "score", "consensus", "report", "bench", "env")
+VERBS = ("init", "check", "train", "eval", "score", "consensus", "export", "report", "bench", "env")
 
 USER_ERROR, BUG = 2, 1
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from compact_fast.backends import Choice, RunSpec, choose
 from compact_fast.backends.torch_backend import CHUNK_BYTES
 from compact_fast.run_config import RunConfig
 from compact_fast.students import body_and_head, causal_model
+from compact_fast.trainer.fusion import gradient_bytes
 from compact_fast.trainer.packing import choose_packing, mask_wanted
 
 # Logits the torch backend holds at once, and what it makes of them (bench/loss_memory.py).
 LOSS_CHUNK_BYTES = 3 * CHUNK_BYTES
+_TRIAL_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,7 @@ def memory(
         masked=mask_wanted(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     )
     largest = sum(sorted(map(packing.positions, rows), reverse=True)[: t.questions_per_step])
-    longest = max(
-        len(row["prompt_ids"]) + len(c) for row in rows for c in row["completion_ids"]
-    )
+    longest = max(len(row["prompt_ids"]) + len(c) for row in rows for c in row["completion_ids"])
     teachers = max(len(row["completion_ids"]) for row in rows)
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -182,31 +184,61 @@ def real_tokens(row: Mapping[str, Any]) -> int:
     return len(row["prompt_ids"]) * len(lengths) + sum(lengths)
 
 
-def activation_bytes_per_token(config: RunConfig, model: Any) -> int:
-    """Bytes kept for the backward pass, a token, for a decoder of the Llama kind.
+def loss_bytes(labels: int, vocabulary: int, width: int) -> int:
+    """Chunks of logits, and the gradients of the hidden states they come from."""
+    logits = min(LOSS_CHUNK_BYTES, 3 * labels * vocabulary * 4)
+    return logits + 2 * labels * width * 4
 
-    In hidden widths D and feed-forward widths F a layer keeps 2 D of norm inputs, 4 D of queries,
-    keys, values and attention output, and 3 F of gate and up. Trained weights add their inputs,
-    4 D + F. Adapters instead keep an input each after dropout, with its mask: 6 D + F. With
-    recomputation a layer keeps its input alone, and one layer at a time the rest.
+
+def activation_bytes_per_token(config: RunConfig, model: Any) -> int:
+    """Bytes kept for the backward pass, a token, as a forward pass of a few tokens keeps them.
+
+    With recomputation a layer keeps its input alone, and one layer at a time the rest.
     """
+    kept = kept_bytes(model, _TRIAL_TOKENS, autocast=bf16_autocast(config)) // _TRIAL_TOKENS
+    if not config.training.gradient_checkpointing:
+        return kept
     shape = causal_model(model).config.get_text_config()
-    width = shape.hidden_size
-    inner = getattr(shape, "intermediate_size", None) or 4 * width
     size = 2 if bf16_autocast(config) else next(model.parameters()).element_size()
-    layer = (6 * width + 3 * inner) * size
-    if not config.lora.lora:
-        layer += (4 * width + inner) * size
-    elif config.lora.lora_dropout > 0:
-        # the CPU keeps the mask as numbers of the weights' own size
-        mask = 1 if torch.cuda.is_available() else size
-        layer += (6 * width + inner) * (size + mask)
-    else:
-        layer += (2 * width + inner) * size
-    layers = shape.num_hidden_layers
-    if config.training.gradient_checkpointing:
-        return int(layers * width * size + layer)
-    return int(layers * layer)
+    return int(shape.num_hidden_layers * shape.hidden_size * size) + kept // int(
+        shape.num_hidden_layers
+    )
+
+
+def kept_bytes(model: Any, tokens: int, *, autocast: bool = False) -> int:
+    """Bytes that one training pass of the body keeps for its backward pass, weights left out.
+
+    Dropout is on, as in training; random numbers and the model's mode are put back.
+    """
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}  # by address; held, so that none is used twice
+
+    def keep(value: Tensor) -> Tensor:
+        if value.untyped_storage().data_ptr() not in weights:
+            kept[value.untyped_storage().data_ptr()] = value
+        return value
+
+    parts = body_and_head(model)
+    device, vocabulary = parts.weight.device, parts.weight.shape[0]
+    ids = (torch.arange(tokens, device=device) % vocabulary)[None]
+    before = [module for module in model.modules() if not module.training]
+    checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    for module in checkpointed:
+        module.gradient_checkpointing = False
+    model.train()
+    try:
+        with (
+            torch.random.fork_rng(),
+            torch.autocast(device.type, torch.bfloat16, enabled=autocast),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value),
+        ):
+            parts.body(ids)
+    finally:
+        for module in before:
+            module.training = False
+        for module in checkpointed:
+            module.gradient_checkpointing = True
+    return sum(value.untyped_storage().nbytes() for value in kept.values())
 
 
 def resident_bytes() -> int:

@@ -25,6 +25,7 @@ from compact_fast.evaluate import (
 )
 from compact_fast.evaluate.results import format_value
 from compact_fast.pipeline.corpus import evaluation_questions
+from compact_fast.pipeline.forecast import forecast
 from compact_fast.pipeline.inputs import Inputs, Say, tokenize_options
 from compact_fast.pipeline.run_folder import begin, read_json
 from compact_fast.report.read import read_run
@@ -48,9 +49,13 @@ class Outcome:
 
 
 def training_arguments(
-    config: RunConfig, *, teachers: list[str], thinking_ids: list[int]
+    config: RunConfig,
+    *,
+    teachers: list[str],
+    thinking_ids: list[int],
+    fusion: str | None = None,
 ) -> CompactTrainingArguments:
-    """The trainer's arguments for a configuration."""
+    """The trainer's arguments for a configuration; `fusion`: what fusion="auto" came to."""
     t = config.training
     values = dict(
         output_dir=config.run.output_dir,
@@ -59,6 +64,7 @@ def training_arguments(
         thinking_ids=thinking_ids,
         backend=t.backend,
         share_prompts=t.share_prompts,
+        fusion=fusion or ("packed" if t.fusion == "auto" else t.fusion),
         progress=t.progress,
         per_device_train_batch_size=t.questions_per_step,
         gradient_accumulation_steps=t.gradient_accumulation_steps,
@@ -92,8 +98,12 @@ def training_arguments(
 def make_trainer(inputs: Inputs) -> CompactTrainer:
     """A trainer on these inputs; writes nothing yet."""
     config = inputs.config
+    fusion = choose_fusion(inputs)
     args = training_arguments(
-        config, teachers=inputs.corpus.teachers, thinking_ids=inputs.train.thinking_ids
+        config,
+        teachers=inputs.corpus.teachers,
+        thinking_ids=inputs.train.thinking_ids,
+        fusion=fusion,
     )
     held_out = inputs.held_out.rows if inputs.held_out else None
     if config.training.eval_steps is not None and held_out is None:
@@ -105,13 +115,28 @@ def make_trainer(inputs: Inputs) -> CompactTrainer:
             inputs.train.rows,
             eval_dataset=held_out,
             processing_class=inputs.student.tokenizer,
-            run_info={"config": config.flat(), "consensus_backend": inputs.agreement.backend},
+            run_info={
+                "config": config.flat(),
+                "consensus_backend": inputs.agreement.backend,
+                "fusion": fusion,
+            },
         )
     except (RuntimeError, ImportError) as error:
         if "installed" not in str(error):
             raise
         # an experiment tracker, or an optimizer, that is a package of its own
         raise ValueError(str(error)) from error
+
+
+def choose_fusion(inputs: Inputs) -> str:
+    """What fusion="auto" comes to: as an earlier start of this run had it, else by the forecast."""
+    config = inputs.config
+    if config.training.fusion != "auto":
+        return config.training.fusion
+    earlier = read_json(Path(config.run.output_dir) / "run.json") or {}
+    if earlier.get("fusion") in ("packed", "per_teacher") and not config.run.overwrite:
+        return str(earlier["fusion"])
+    return forecast(config, inputs.student.model, inputs.train.rows).fusion
 
 
 def train(inputs: Inputs, say: Say, hear: Hear, *, resume: str | None) -> Outcome:

@@ -50,6 +50,10 @@ class CompactTrainingArguments(TrainingArguments):
     """Read a question's prompt once for all its rationales, where the student can take it and it
     saves work. Equal but for rounding."""
 
+    fusion: Literal["packed", "per_teacher"] = "packed"
+    """All rationales of a batch in one forward pass, or one rationale at a time: gradients by
+    teacher, compared in the logs, and the memory of one rationale."""
+
     max_tokens_per_step: int | None = None
     """Tokens in one forward pass on one device, as many whole questions as fit, in place of
     per_device_train_batch_size questions. A longer question goes alone."""
@@ -80,6 +84,8 @@ class CompactTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={value!r}: {why}")
         if self.progress not in ("auto", "bar", "lines", "none"):
             raise ValueError(f"progress={self.progress!r}: expected auto, bar, lines or none")
+        if self.fusion not in ("packed", "per_teacher"):
+            raise ValueError(f"fusion={self.fusion!r}: expected packed or per_teacher")
         if self.max_tokens_per_step is not None and self.max_tokens_per_step < 1:
             raise ValueError(f"max_tokens_per_step={self.max_tokens_per_step}: expected at least 1")
         if self.remove_unused_columns:

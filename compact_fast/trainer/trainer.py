@@ -32,6 +32,7 @@ from compact_fast.trainer.batching import (
 )
 from compact_fast.trainer.callbacks import ProgressDisplay, RunFiles
 from compact_fast.trainer.checkpoints import CheckpointedTrainer
+from compact_fast.trainer.fusion import check_fusion, per_teacher_step
 from compact_fast.trainer.guard import NonFiniteGuard
 from compact_fast.trainer.step import Collator, compact_step, to_device, wrapped_body
 from compact_fast.trainer.window import LogWindow
@@ -78,6 +79,9 @@ class CompactTrainer(CheckpointedTrainer):
         check_head(model)
         if config.consensus in ("attention", "both"):
             attention_projections(model)  # refuses now what it would refuse in the first step
+        if args.fusion == "per_teacher":
+            checkpointing = args.gradient_checkpointing_kwargs
+            self.notes += check_fusion(model, config, len(args.teachers), checkpointing)
         train_dataset = self._usable(train_dataset, args)
         if args.gradient_checkpointing:
             prepare_checkpointing(model)
@@ -243,8 +247,10 @@ class CompactTrainer(CheckpointedTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The batch's share of the mean over the questions of the global batch."""
+        apart = self.args.fusion == "per_teacher" and torch.is_grad_enabled()
+        step = per_teacher_step if apart else compact_step
         with self.accelerator.autocast():
-            out = compact_step(
+            out = step(
                 wrapped_body(model),
                 model,
                 inputs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from compact_fast.layout import TokenLayout
 from compact_fast.output import CompactOutput
+from compact_fast.trainer.fusion import PerTeacherOutput
 
 # Columns of the per-teacher sums; where a figure may be missing its count goes beside it.
 _COLUMNS = (
@@ -29,6 +31,10 @@ class LogWindow:
             (len(teachers), len(_COLUMNS)), dtype=torch.float64, device=device
         )
         self.totals = torch.zeros(len(_TOTALS), dtype=torch.float64, device=device)
+        # Where gradients are made apart: sum and count of norms on the diagonal, of cosines off it.
+        self.gradients = torch.zeros(
+            (2, len(teachers), len(teachers)), dtype=torch.float64, device=device
+        )
         self._first_step: int | None = None  # steps done when the window opened; None: not yet
         self._opened = 0.0  # time.perf_counter() then
 
@@ -68,6 +74,18 @@ class LogWindow:
                 weights.new_tensor(layout.num_tokens),
             ]
         )
+        if isinstance(out, PerTeacherOutput):
+            self._add_gradients(out, layout)
+
+    def _add_gradients(self, found: PerTeacherOutput, layout: TokenLayout) -> None:
+        each = layout.teachers
+        for (a, b), values in (
+            ((each, each), found.grad_norms),
+            (found.pairs.unbind(1), found.cosines),
+        ):
+            at = torch.minimum(a, b), torch.maximum(a, b)
+            for table, part in zip(self.gradients, _finite(values), strict=True):
+                table.index_put_(at, part, accumulate=True)
 
     def rows(self, step: int, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means since the window opened, by log name; the window is then empty again.
@@ -99,14 +117,29 @@ class LogWindow:
             if seen:
                 out[f"teacher/{name}/nonfinite"] = columns["nonfinite"][k]
             _mean(out, f"teacher/{name}/filtered", columns["filtered"][k], seen)
+        out.update(self._gradient_rows(reduce(self.gradients)))
         out["tokens_per_second"] = totals["tokens"] / seconds
         out["questions_per_second"] = totals["questions"] / seconds
         self.reset()
         return out
 
+    def _gradient_rows(self, table: Tensor) -> dict[str, float]:
+        """Norms by teacher, cosines by pair, and each teacher's mean cosine with the others."""
+        out: dict[str, float] = {}
+        totals, counts = table.tolist()
+        both, seen = (t + t.T - 2 * t.diagonal().diag() for t in table)
+        for k, name in enumerate(self.teachers):
+            _mean(out, f"teacher/{name}/grad_norm", totals[k][k], counts[k][k])
+            _mean(out, f"teacher/{name}/grad_cosine", float(both[k].sum()), float(seen[k].sum()))
+        for i, j in combinations(range(len(self.teachers)), 2):
+            pair = f"cosine/{self.teachers[i]}/{self.teachers[j]}"
+            _mean(out, pair, totals[i][j], counts[i][j])
+        return out
+
     def reset(self) -> None:
         """Forget everything."""
         self.by_teacher.zero_()
+        self.gradients.zero_()
         self.totals.zero_()
         self._first_step = None
 
@@ -114,6 +147,7 @@ class LogWindow:
         """The sums, exact, and the time spent, as JSON values."""
         return {
             "by_teacher": self.by_teacher.tolist(),
+            "gradients": self.gradients.tolist(),
             "totals": self.totals.tolist(),
             "first_step": self._first_step,
             "seconds": time.perf_counter() - self._opened,
@@ -122,6 +156,7 @@ class LogWindow:
     def load(self, state: dict[str, Any]) -> None:
         """Take up what `state` returned."""
         self.by_teacher.copy_(self.by_teacher.new_tensor(state["by_teacher"]))
+        self.gradients.copy_(self.gradients.new_tensor(state["gradients"]))
         self.totals.copy_(self.totals.new_tensor(state["totals"]))
         self._first_step = state["first_step"]
         self._opened = time.perf_counter() - state["seconds"]

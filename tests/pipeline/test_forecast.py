@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -9,7 +10,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compact_fast.flat_yaml import Setting
-from compact_fast.pipeline.forecast import count_steps, forecast, padded_tokens, real_tokens
+from compact_fast.pipeline.forecast import (
+    count_steps,
+    forecast,
+    kept_bytes,
+    padded_tokens,
+    real_tokens,
+)
 from compact_fast.pipeline.training import training_arguments
 from compact_fast.run_config import RunConfig, build
 
@@ -73,22 +80,62 @@ def test_tokens_of_a_question():
 def test_memory_adds_up(model):
     rows = [row(0), row(1, prompt=30), row(2)]
     f = forecast(config(lora=False, num_train_epochs=2.0), model, rows)
-    parameters = sum(p.numel() for p in model.parameters())
-    assert f.weight_bytes == f.gradient_bytes == 4 * parameters
-    assert f.optimizer_bytes == 8 * parameters
     assert f.tokens == 2 * sum(map(real_tokens, rows))
-    assert f.peak_bytes == sum(
-        [
-            *(f.weight_bytes, f.gradient_bytes, f.optimizer_bytes),
-            *(f.activation_bytes, f.loss_bytes, f.process_bytes),
-        ]
-    )
-    assert torch.cuda.is_available() or f.process_bytes > 100e6
+    parameters = sum(p.numel() for p in model.parameters())
+    memory = f.packed
+    assert memory.weights == memory.gradients == 4 * parameters
+    assert memory.optimizer == 8 * parameters
+    assert torch.cuda.is_available() or memory.process > 100e6
+    for m in (f.packed, f.per_teacher):
+        parts = (m.weights, m.gradients, m.optimizer, m.activations, m.loss, m.process)
+        assert m.peak_bytes == sum(parts)
     # the largest question counts, and two of them in a pass count twice
     two = forecast(config(lora=False, questions_per_step=2), model, rows + rows)
-    assert two.activation_bytes == 2 * f.activation_bytes
+    assert two.packed.activations == 2 * memory.activations
     less = forecast(config(lora=False, gradient_checkpointing=True), model, rows)
-    assert less.activation_bytes < f.activation_bytes
+    assert less.packed.activations < memory.activations
+
+
+def test_one_teacher_at_a_time_takes_its_activations_and_all_gradients(model):
+    rows = [row(0), row(1, prompt=30, completions=(20, 25, 10))]
+    f = forecast(config(lora=False, questions_per_step=2), model, rows)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert f.per_teacher.gradients == (1 + 3 + 1) * 4 * parameters
+    a_token = f.packed.activations / (30 + 20 + 25 + 10 + 5 + 3 + 6)
+    assert f.per_teacher.activations == 55 * a_token
+
+
+@pytest.mark.parametrize(
+    ("available", "keys", "chosen"),
+    [
+        (1 << 60, {}, "packed"),
+        (0, {}, "packed"),  # neither fits: the one that is quicker
+        ("between", {}, "per_teacher"),
+        ("between", {"fusion": "packed"}, "packed"),
+        ("between", {"mode": "reference"}, "packed"),
+        (1 << 60, {"fusion": "per_teacher"}, "per_teacher"),
+    ],
+)
+def test_the_forecast_chooses_when_memory_would_not_do(model, monkeypatch, available, keys, chosen):
+    long = [row(0, prompt=300, completions=(400, 400, 400, 400, 400))]
+    if available == "between":
+        f = forecast(config(lora=False, **keys), model, long)
+        assert f.per_teacher.peak_bytes < f.packed.peak_bytes
+        available = (f.per_teacher.peak_bytes + f.packed.peak_bytes) // 2
+    monkeypatch.setattr("compact_fast.pipeline.forecast.device_memory", lambda: available)
+    assert forecast(config(lora=False, **keys), model, long).fusion == chosen
+
+
+def test_what_a_pass_keeps_is_seen_with_dropout_and_leaves_no_trace(model):
+    from compact_fast.students import LoraSettings, add_lora
+
+    adapted = add_lora(copy.deepcopy(model), LoraSettings(r=2, dropout=0.1)).eval()
+    plain = add_lora(copy.deepcopy(model), LoraSettings(r=2, dropout=0.0)).eval()
+    state = torch.get_rng_state()
+    assert kept_bytes(adapted, 16) > kept_bytes(plain, 16) > 0
+    assert kept_bytes(adapted, 32) == 2 * kept_bytes(adapted, 16)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not any(module.training for module in adapted.modules())
 
 
 def test_weighting_correct_leaves_questions_out(model):
@@ -106,5 +153,5 @@ def test_frozen_weights_have_no_gradient(model):
     finally:
         for p in model.parameters():
             p.requires_grad_(True)
-    assert f.gradient_bytes == f.optimizer_bytes == 0
+    assert f.packed.gradients == f.packed.optimizer == f.per_teacher.gradients == 0
     assert torch.is_grad_enabled()

@@ -1,0 +1,181 @@
+"""fusion="per_teacher": the packed step's loss, weights and gradients, one rationale at a time."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from toy import THINKING, make_rows, make_student
+
+from compact_fast.config import CompactConfig
+from compact_fast.students import LoraSettings, add_lora
+from compact_fast.trainer.fusion import check_fusion, per_teacher_step
+from compact_fast.trainer.step import Collator, compact_step, direct_body
+
+BLEND = CompactConfig(filter_below=0.0, consistency_weight=0.7)
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def both(model: Any, rows: list[dict[str, Any]], config: CompactConfig, **settings: Any) -> Any:
+    """(packed output, its gradients, per-teacher output, its gradients)."""
+    inputs = Collator.of(model, None, config, THINKING)(rows)
+    found: list[Any] = []
+    for step in (compact_step, per_teacher_step):
+        model.zero_grad()
+        out = step(direct_body(model), model, inputs, config=config, **settings)
+        (3.0 * out.loss).backward()
+        found += [out, gradients(model)]
+    return tuple(found)
+
+
+def assert_same(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Within 1e-5 of the largest value; NaN where NaN."""
+    a, b = a.double(), b.double()
+    assert torch.equal(a.isnan(), b.isnan())
+    a, b = a.nan_to_num(), b.nan_to_num()
+    assert float((a - b).abs().max()) <= tolerance * max(float(a.abs().max()), 1e-3)
+
+
+CONFIGS = [
+    BLEND,
+    CompactConfig(),
+    CompactConfig(mode="paper"),
+    CompactConfig(consensus="both", mi="logprob", filter_below=0.0),
+    CompactConfig(mi="pvi", filter_below=0.0),
+    CompactConfig(weighting="random", consistency="off"),
+    CompactConfig(weighting="correct"),
+]
+
+
+def student(*, lora: bool, **changes: Any) -> Any:
+    """Both halves of an adapter at work: a fresh one's B is zero, and half of its gradients too."""
+    model = make_student("llama", lora=lora, **changes)
+    torch.manual_seed(3)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.mode}-{c.weighting}-{c.mi}")
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_equal_to_the_packed_step(config: CompactConfig, lora: bool) -> None:
+    """Ragged K, ragged lengths; every gradient, and every figure that is logged. In float64, where
+    z-scores of near-ties do not blow rounding up."""
+    model = student(lora=lora, tie_word_embeddings=lora).double()
+    pulled = 0.0
+    for seed in range(3):
+        rows = make_rows(5, seed=seed)
+        packed, expected, fused, found = both(model, rows, config, normalizer=7.0)
+        assert expected.keys() == found.keys()
+        for name in expected:
+            assert_same(expected[name], found[name], 1e-6)
+        for name, value in vars(packed).items():
+            if isinstance(value, torch.Tensor):
+                assert_same(value.detach(), getattr(fused, name).detach(), 1e-6)
+        pulled += float(packed.loss_consistency)
+    assert pulled > 0 or config.consistency == "off" or config.weighting == "correct"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equal_in_single_precision(seed: int) -> None:
+    model = student(lora=True)
+    packed, expected, fused, found = both(model, make_rows(4, seed=seed), BLEND)
+    assert_same(packed.loss.detach(), fused.loss.detach())
+    for name in expected:
+        assert_same(expected[name], found[name])
+
+
+def test_a_tied_trained_head_gets_both_shares() -> None:
+    model = make_student("qwen2", tie_word_embeddings=True)
+    _, expected, _, found = both(model, make_rows(4), BLEND)
+    for name in expected:
+        assert_same(expected[name], found[name])
+
+
+def test_a_rationale_read_twice_meets_the_same_dropout() -> None:
+    """The consistency term's second reading must be of the network that was scored."""
+    torch.manual_seed(0)
+    model = add_lora(make_student(), LoraSettings(r=4, dropout=0.5))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.2)
+    model.train()
+    seen: list[torch.Tensor] = []
+
+    def body(ids: torch.Tensor, mask: Any, **kwargs: Any) -> torch.Tensor:
+        hidden = direct_body(model)(ids, mask, **kwargs)
+        seen.append(hidden.detach())
+        return hidden
+
+    rows = [r for r in make_rows(12) if len(r["completion_ids"]) == 2][:1]
+    inputs = Collator.of(model, None, BLEND, THINKING)(rows)
+    per_teacher_step(body, model, inputs, config=BLEND)
+    assert len(seen) == 4
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
+    assert not torch.equal(seen[0][:, :3], seen[1][:, :3])  # else dropout was off
+
+
+def test_norms_and_cosines_are_those_of_the_rationales_own_gradients() -> None:
+    model = make_student(lora=True)
+    rows = [r for r in make_rows(12) if len(r["completion_ids"]) == 3][:2]
+    _, _, compared, _ = both(model, rows, BLEND)
+    alone = []
+    for row in rows:
+        for k in range(3):
+            one = {**row, **{n: [row[n][k]] for n in ("completion_ids", "teacher_ids")}}
+            one |= {n: [row[n][k]] for n in ("answer_spans", "correct", "consensus")}
+            model.zero_grad()
+            inputs = Collator.of(model, None, BLEND, THINKING)([one])
+            compact_step(direct_body(model), model, inputs, config=BLEND).loss.backward()
+            alone.append(torch.cat([g.flatten() for g in gradients(model).values()]))
+    assert_same(torch.stack([g.norm() for g in alone]), compared.grad_norms)
+    assert compared.pairs.tolist() == [[0, 1], [0, 2], [1, 2]] * 2
+    expected = [
+        torch.cosine_similarity(alone[3 * q + i], alone[3 * q + j], dim=0)
+        for q in range(2)
+        for i, j in ((0, 1), (0, 2), (1, 2))
+    ]
+    assert_same(torch.stack(expected), compared.cosines)
+
+
+def test_a_rationale_of_non_finite_scores_gets_no_weight_and_spoils_nothing() -> None:
+    model = make_student(lora=True)
+    rows = [r for r in make_rows(12) if len(r["completion_ids"]) == 3][:1]
+    bad = copy.deepcopy(rows)
+    bad[0]["consensus"][1] = float("nan")
+    packed, expected, fused, found = both(model, bad, BLEND)
+    assert fused.nonfinite.tolist() == [False, True, False]
+    assert_same(packed.weights, fused.weights)
+    for name in expected:
+        assert_same(expected[name], found[name])
+
+
+def test_the_loss_is_differentiated_once() -> None:
+    model = make_student(lora=True)
+    inputs = Collator.of(model, None, BLEND, THINKING)(make_rows(2))
+    out = per_teacher_step(direct_body(model), model, inputs, config=BLEND)
+    out.loss.backward()
+    with pytest.raises(RuntimeError):
+        out.loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("config", "checkpointing", "named"),
+    [
+        (CompactConfig(mode="reference"), None, "mode='reference'"),
+        (CompactConfig(consistency="all"), None, "consistency='all'"),
+        (CompactConfig(), {"use_reentrant": True}, "use_reentrant"),
+    ],
+)
+def test_what_cannot_be_done_one_at_a_time_is_refused(
+    config: CompactConfig, checkpointing: Any, named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        check_fusion(make_student(), config, 3, checkpointing)
