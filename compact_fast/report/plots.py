@@ -135,6 +135,17 @@ def teacher_picture(measure: str, title: str, unit: str, zero: bool = False) -> 
     return draw
 
 
+def conflict(run: Run, theme: Theme) -> Figure | str:
+    norms = _teacher_lines(run, "teacher/{}/grad_norm", theme)
+    cosines = _teacher_lines(run, "teacher/{}/grad_cosine", theme)
+    if not norms:
+        return "Gradients of teachers were not made apart in this run; fusion: per_teacher does."
+    panels: list[tuple[str, Sequence[Line]]] = [("gradient norm", norms)]
+    if cosines:
+        panels.insert(0, ("mean cosine with the others", cosines))
+    return over_time("Conflict: gradients by teacher", panels, theme)
+
+
 def held_out(run: Run, theme: Theme) -> Figure | str:
     lines = []
     for i, (name, short) in enumerate(
@@ -336,6 +347,13 @@ PICTURES: tuple[Picture, ...] = (
         "Consensus: each teacher's agreement with the others",
         "Mean consensus score of a teacher's rationales.",
         teacher_picture("consensus", "Consensus by teacher", "consensus score"),
+    ),
+    Picture(
+        "conflict",
+        "Conflict: do teachers pull the same way?",
+        "Cosine of a rationale's own gradient with those of the question's other rationales (below "
+        "0: they pull against each other), and its norm; before weights are applied.",
+        conflict,
     ),
     Picture(
         "agreement",

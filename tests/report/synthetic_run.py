@@ -94,6 +94,8 @@ def training_row(step, steps, teachers, rng, known=True):
         row[f"teacher/{teacher}/consensus"] = 0.75 + 0.1 * math.sin(1.7 * i) + rng.gauss(0, 0.02)
         row[f"teacher/{teacher}/nonfinite"] = 0.0
         row[f"teacher/{teacher}/filtered"] = 0.05 * i
+        row[f"teacher/{teacher}/grad_norm"] = 0.8 + 0.2 * i - 0.4 * x + abs(rng.gauss(0, 0.1))
+        row[f"teacher/{teacher}/grad_cosine"] = 0.4 - 0.1 * i + rng.gauss(0, 0.05)
     return row
 
 

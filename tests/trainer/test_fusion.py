@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from toy import THINKING, make_rows, make_student
+from test_processes import two_processes
+from toy import TEACHERS, THINKING, make_rows, make_student, make_trainer
+from transformers import TrainerCallback
 
 from compact_fast.config import CompactConfig
 from compact_fast.students import LoraSettings, add_lora
@@ -179,3 +183,98 @@ def test_what_cannot_be_done_one_at_a_time_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=named):
         check_fusion(make_student(), config, 3, checkpointing)
+
+
+# ---- in the trainer --------------------------------------------------------------------------
+
+
+def run(folder: Path, **settings: Any) -> Any:
+    """A run of 6 steps that logs every 3 and saves after 4."""
+    return make_trainer(
+        folder,
+        make_student(lora=True),
+        config=BLEND,
+        logging_steps=3,
+        save_strategy="steps",
+        save_steps=4,
+        **settings,
+    )
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "time" and "per_sec" not in k} for row in rows]
+
+
+def test_a_run_learns_and_logs_what_the_packed_run_does(tmp_path: Path) -> None:
+    packed, apart = run(tmp_path / "packed"), run(tmp_path / "apart", fusion="per_teacher")
+    packed.train()
+    apart.train()
+    expected, found = weights(packed), weights(apart)
+    start = dict(make_student(lora=True).named_parameters())
+    assert any(not torch.equal(found[n], start[n]) for n in found)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
+    for a, b in zip(logged(tmp_path / "packed"), logged(tmp_path / "apart"), strict=True):
+        assert {k: b[k] for k in a} == pytest.approx(a, rel=1e-3, abs=1e-4)
+        for name in TEACHERS:
+            assert b[f"teacher/{name}/grad_norm"] > 0
+            assert -1 <= b[f"teacher/{name}/grad_cosine"] <= 1
+        assert -1 <= b["cosine/ann/bob"] <= 1
+        assert set(b) - set(a) == {
+            *(f"teacher/{name}/grad_{what}" for name in TEACHERS for what in ("norm", "cosine")),
+            *("cosine/ann/bob", "cosine/ann/cyd", "cosine/bob/cyd"),
+        }
+
+
+def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
+    """Stopped inside a logging window: its sums of norms and cosines go on too."""
+
+    class StopAt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    whole = run(tmp_path / "a", fusion="per_teacher")
+    whole.train()
+    first = run(tmp_path / "b", fusion="per_teacher")
+    first.add_callback(StopAt())
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    second = run(tmp_path / "b", fusion="per_teacher")
+    second.train(resume_from_checkpoint="auto")
+    expected, found = weights(whole), weights(second)
+    assert all(torch.equal(expected[n], found[n]) for n in expected)
+    assert logged(tmp_path / "a") == logged(tmp_path / "b")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about CPUs")
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    first, second = two_processes(tmp_path / "two", lora=True, questions=2, fusion="per_teacher")
+    assert isinstance(first, dict), first
+    alone, _ = two_processes(tmp_path / "packed", lora=True, questions=2)
+    for name in alone:
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], alone[name], rtol=1e-4, atol=1e-6)
+
+
+def test_recomputation_changes_nothing(tmp_path: Path) -> None:
+    plain = run(tmp_path / "a", fusion="per_teacher")
+    less = run(tmp_path / "b", fusion="per_teacher", gradient_checkpointing=True)
+    plain.train()
+    less.train()
+    for name, expected in weights(plain).items():
+        torch.testing.assert_close(weights(less)[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_many_large_gradients_are_worth_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    from compact_fast.trainer import fusion
+
+    assert check_fusion(make_student(), BLEND, 3) == []
+    monkeypatch.setattr(fusion, "LARGE", 1000)
+    (note,) = check_fusion(make_student(), BLEND, 3)
+    assert "keeps 4 gradients" in note

@@ -28,7 +28,9 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def _train(folder: Path, *, lora: bool, questions: int, poison: bool = False) -> Any:
+def _train(
+    folder: Path, *, lora: bool, questions: int, poison: bool = False, **changes: Any
+) -> Any:
     model = make_student(lora=lora)
     if poison:
         rank = int(os.environ.get("RANK", "0"))
@@ -41,7 +43,7 @@ def _train(folder: Path, *, lora: bool, questions: int, poison: bool = False) ->
         make_rows(16),
         per_device_train_batch_size=questions,
         use_cpu=False,  # as a user would, who has no GPU and says nothing
-        **SETTINGS,
+        **{**SETTINGS, **changes},
     )
     trainer.train()
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
