@@ -1,6 +1,6 @@
 """Peak memory as `check` forecasts it, and as training takes it.
 
-    python -m bench.forecast_memory --data FOLDER     # all cases, writes bench/results/forecast_memory.csv
+    python -m bench.forecast_memory --data FOLDER   # all cases; bench/results/forecast_memory.csv
 
 FOLDER holds gsm8k_test_openai.jsonl (docs/throughput.md); it may also come from COMPACT_FAST_DATA.
 Each case trains a few steps on its largest questions in a process of its own, from the student's
