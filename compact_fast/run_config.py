@@ -157,6 +157,10 @@ class TrainingSettings:
     questions_per_step: int = 1
     """Questions in one forward pass on one device; all their rationales belong to it."""
 
+    max_tokens_per_step: int | None = None
+    """Tokens in one forward pass on one device, in place of questions_per_step: as many whole
+    questions of similar length as fit; a longer question goes alone. null: off."""
+
     gradient_accumulation_steps: int = 4
     """Forward passes in one optimizer step."""
 
@@ -220,6 +224,13 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         for key in ("questions_per_step", "gradient_accumulation_steps", "logging_steps"):
             _require(self, key, lambda v: v >= 1, "a whole number >= 1")
+        budget = self.max_tokens_per_step
+        _require(self, "max_tokens_per_step", lambda v: v is None or v > 0, "null or a number >= 1")
+        if budget is not None and self.questions_per_step != 1:
+            raise ValueError(
+                f"max_tokens_per_step={budget} and questions_per_step={self.questions_per_step}: "
+                "give one of the two"
+            )
         _require(self, "save_steps", lambda v: v >= 1, "a whole number >= 1")
         _require(self, "eval_steps", lambda v: v is None or v >= 1, "null or a number >= 1")
         _require(self, "save_total_limit", lambda v: v is None or v >= 1, "null or a number >= 1")

@@ -65,19 +65,31 @@ def read(
 
 
 def _introduce(inputs: Inputs) -> None:
-    from compact_fast.pipeline.forecast import backend_choice, count_steps, trainable_rows
+    from compact_fast.pipeline.forecast import (
+        backend_choice,
+        budgeted,
+        count_steps,
+        trainable_rows,
+    )
     from compact_fast.pipeline.inputs import method_line, teachers_text
+    from compact_fast.trainer.batching import question_lengths
 
     config = inputs.config
     choice = backend_choice(config, inputs.student.model)
-    questions = len(trainable_rows(config, inputs.train.rows))
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    steps, epochs = count_steps(config, questions, processes)
     t = config.training
-    per_step = t.questions_per_step * t.gradient_accumulation_steps * processes
+    rows = trainable_rows(config, inputs.train.rows)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    passes = None
+    if t.max_tokens_per_step is not None:
+        passes = budgeted(config, inputs.student.model, question_lengths(rows))
+    steps, epochs = count_steps(config, len(rows), processes, passes)
+    per_step = f"{t.questions_per_step * t.gradient_accumulation_steps * processes} questions"
+    if t.max_tokens_per_step is not None:
+        most = t.max_tokens_per_step * t.gradient_accumulation_steps * processes
+        per_step = f"at most {most:,} tokens"
     say(f"Method     {method_line(config)}")
     say(f"Backend    {choice.backend.name} ({choice.reason})")
-    say(f"Steps      {steps:,} of {per_step} questions, {epochs:.3g} epochs")
+    say(f"Steps      {steps:,} of {per_step}, {epochs:.3g} epochs")
     say("")
     say(indent(teachers_text(inputs)))
     say("")

@@ -17,8 +17,9 @@ from compact_fast.backends import Choice, RunSpec, choose
 from compact_fast.backends.torch_backend import CHUNK_BYTES
 from compact_fast.run_config import RunConfig
 from compact_fast.students import body_and_head, causal_model
+from compact_fast.trainer.batching import Ints, QuestionBatches, question_lengths
 from compact_fast.trainer.fusion import gradient_bytes
-from compact_fast.trainer.packing import choose_packing, mask_wanted
+from compact_fast.trainer.packing import Packing, choose_packing, mask_wanted
 
 # Logits the torch backend holds at once, and what it makes of them (bench/loss_memory.py).
 LOSS_CHUNK_BYTES = 3 * CHUNK_BYTES
@@ -75,7 +76,11 @@ def forecast(config: RunConfig, model: Any, rows: Sequence[Mapping[str, Any]]) -
     t = config.training
     rows = trainable_rows(config, rows)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    steps, epochs = count_steps(config, len(rows), processes)
+    lengths = question_lengths(rows)
+    steps, epochs = count_steps(config, len(rows), processes, budgeted(config, model, lengths))
+    per_update = t.questions_per_step * t.gradient_accumulation_steps * processes
+    if t.max_tokens_per_step is not None:
+        per_update = round(len(rows) * epochs / steps)  # on average
     packed, per_teacher = memory(config, model, rows)
     available = device_memory()
     fusion: Literal["packed", "per_teacher"]
@@ -86,9 +91,9 @@ def forecast(config: RunConfig, model: Any, rows: Sequence[Mapping[str, Any]]) -
         fusion = t.fusion
     return Forecast(
         steps=steps,
-        questions_per_update=t.questions_per_step * t.gradient_accumulation_steps * processes,
+        questions_per_update=per_update,
         epochs=epochs,
-        tokens=round(sum(real_tokens(row) for row in rows) * epochs),
+        tokens=round(int((lengths[0] * lengths[3] + lengths[1]).sum()) * epochs),
         packed=packed,
         per_teacher=per_teacher,
         fusion=fusion,
@@ -102,13 +107,11 @@ def memory(
     """Peaks of training all rationales at once, and one at a time."""
     t, head = config.training, body_and_head(model)
     vocabulary, width = head.weight.shape
-    packing = choose_packing(
-        model,
-        share=t.share_prompts,
-        keep_padding=config.method.mode == "reference",
-        masked=mask_wanted(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-    )
-    largest = sum(sorted(map(packing.positions, rows), reverse=True)[: t.questions_per_step])
+    taken = sorted(map(packing_of(config, model).positions, rows), reverse=True)
+    if t.max_tokens_per_step is None:
+        largest = sum(taken[: t.questions_per_step])
+    else:
+        largest = max(taken[0], min(t.max_tokens_per_step, sum(taken)))
     longest = max(len(row["prompt_ids"]) + len(c) for row in rows for c in row["completion_ids"])
     teachers = max(len(row["completion_ids"]) for row in rows)
     parameters = list(model.parameters())
@@ -158,10 +161,37 @@ def trainable_rows(
     return [row for row in rows if 1 in row["correct"]]
 
 
-def count_steps(config: RunConfig, questions: int, processes: int = 1) -> tuple[int, float]:
-    """Optimizer steps of the run, and how many times it passes over the questions."""
+def packing_of(config: RunConfig, model: Any) -> Packing:
+    """How training will pack rationales."""
+    return choose_packing(
+        model,
+        share=config.training.share_prompts,
+        keep_padding=config.method.mode == "reference",
+        masked=mask_wanted(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+    )
+
+
+def budgeted(config: RunConfig, model: Any, lengths: tuple[Ints, Ints, Ints, Ints]) -> int | None:
+    """Forward passes of an epoch under max_tokens_per_step; None without it.
+
+    `lengths` are those of `question_lengths`.
+    """
+    if config.training.max_tokens_per_step is None:
+        return None
+    sizes, padded = packing_of(config, model).sizes(*lengths)
+    return len(QuestionBatches(sizes, rows=padded, budget=config.training.max_tokens_per_step))
+
+
+def count_steps(
+    config: RunConfig, questions: int, processes: int = 1, passes: int | None = None
+) -> tuple[int, float]:
+    """Optimizer steps of the run, and how many times it passes over the questions.
+
+    `passes`: forward passes of an epoch, where they are not of `questions_per_step` each.
+    """
     t = config.training
-    batches = math.ceil(questions / (t.questions_per_step * processes))
+    passes = math.ceil(questions / t.questions_per_step) if passes is None else passes
+    batches = math.ceil(passes / processes)
     per_epoch = max(math.ceil(batches / t.gradient_accumulation_steps), 1)
     if t.max_steps > 0:
         return t.max_steps, t.max_steps / per_epoch

@@ -67,6 +67,7 @@ def training_arguments(
         fusion=fusion or ("packed" if t.fusion == "auto" else t.fusion),
         progress=t.progress,
         per_device_train_batch_size=t.questions_per_step,
+        max_tokens_per_step=t.max_tokens_per_step,
         gradient_accumulation_steps=t.gradient_accumulation_steps,
         learning_rate=t.learning_rate,
         lr_scheduler_type=t.lr_scheduler_type,
@@ -152,6 +153,8 @@ def train(inputs: Inputs, say: Say, hear: Hear, *, resume: str | None) -> Outcom
         atomic_write_text(folder / "agreement.json", json.dumps(inputs.teachers, indent=1) + "\n")
     trainer = make_trainer(inputs)
     main = trainer.is_world_process_zero()
+    if main:
+        say(f"Reading    {trainer.reading['text']}")
     measure = Measurement(inputs, hear) if main else None
     if measure:
         say(f"Evaluate   {measure.description}")

@@ -176,6 +176,78 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path, lora: bool) -> None
                 assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
 
 
+def test_passes_by_a_budget_of_tokens_weigh_questions_alike(tmp_path: Path) -> None:
+    """One step an epoch, in passes of very different numbers of questions, or in a single pass."""
+    results, passes = [], []
+    for name, reading in (
+        ("all", {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1}),
+        ("some", {"max_tokens_per_step": 45, "gradient_accumulation_steps": 50}),
+        ("each", {"max_tokens_per_step": 1, "gradient_accumulation_steps": 50}),
+    ):
+        trainer = make_trainer(
+            tmp_path / name,
+            config=BLEND,
+            logging_steps=1,
+            optim="sgd",
+            learning_rate=0.5,
+            **reading,
+        )
+        passes.append([len(batch["ids"]) for batch in trainer.get_train_dataloader()])
+        results.append((trained(trainer), metrics(tmp_path / name)))
+    assert passes[0] == [12]
+    assert len(set(passes[1])) > 1
+    assert passes[2] == [1] * 12
+    (one, rows), *others = results
+    for other, other_rows in others:
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
+        for a, b in zip(rows, other_rows, strict=True):
+            for key in untimed(a):
+                assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
+
+
+def test_a_question_above_the_budget_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_trainer(tmp_path, max_tokens_per_step=20).get_train_dataloader()
+    assert "max_tokens_per_step=20: 7 of 12 questions are longer" in caplog.text
+    with pytest.raises(ValueError, match="max_tokens_per_step=0: expected at least 1"):
+        make_trainer(tmp_path, max_tokens_per_step=0)
+
+
+def test_workers_read_the_same_batches(tmp_path: Path) -> None:
+    plain = make_trainer(tmp_path / "a").get_train_dataloader()
+    read = make_trainer(tmp_path / "b", dataloader_num_workers=2).get_train_dataloader()
+    for epoch in (0, 1):
+        plain.set_epoch(epoch)
+        read.set_epoch(epoch)
+        for a, b in zip(plain, read, strict=True):
+            assert a["ids"] == b["ids"]
+            assert torch.equal(a["input_ids"], b["input_ids"])
+            assert torch.equal(a["layout"].targets, b["layout"].targets)
+
+
+def test_what_sharing_saves_is_reported(tmp_path: Path) -> None:
+    rows = make_rows()
+    trainer = make_trainer(tmp_path, rows=rows, max_steps=1)
+    trainer.train()
+    found = json.loads((tmp_path / "run.json").read_text())["reading"]
+    tokens = sum(len(r["prompt_ids"]) + len(c) for r in rows for c in r["completion_ids"])
+    saved = sum(len(r["prompt_ids"]) * (len(r["completion_ids"]) - 1) for r in rows)
+    assert found == {
+        "packing": "segments",
+        "shared_prompts": True,
+        "reason": None,
+        "tokens": tokens,
+        "tokens_saved": saved,
+        "text": f"prompts read once for all rationales of a question: {saved} of {tokens} tokens "
+        f"of 12 questions saved ({saved / tokens:.1%})",
+    }
+    apart = make_trainer(tmp_path / "b", share_prompts=False).reading
+    assert apart["tokens_saved"] == 0
+    assert "behind its own prompt, packed without padding" in apart["text"]
+
+
 def test_a_single_teacher_trains_like_plain_fine_tuning(tmp_path: Path) -> None:
     rows = [r for r in make_rows(24) if len(r["teacher_ids"]) == 1][:4]
     model, plain = make_student(), make_student()
@@ -269,10 +341,22 @@ def test_what_runs_before_training_does_not_matter(tmp_path: Path) -> None:
     assert same(first, trained(trainer))
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, lora: bool) -> None:
+@pytest.mark.parametrize(
+    ("lora", "reading"),
+    [
+        (False, {}),
+        (True, {}),
+        (False, {"max_tokens_per_step": 45}),
+        (False, {"max_tokens_per_step": 45, "dataloader_num_workers": 2}),
+    ],
+    ids=["full", "lora", "budget", "workers"],
+)
+def test_a_resumed_run_ends_in_the_same_bits(
+    tmp_path: Path, lora: bool, reading: dict[str, Any]
+) -> None:
     """Stopped at step 4, in the second epoch and inside a logging window of 3 steps."""
     settings: dict[str, Any] = {
+        **reading,
         "config": BLEND,
         "eval_rows": make_rows(3, seed=9),
         "eval_strategy": "steps",
