@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.measure import RESULTS, in_fresh_process, interleaved, median, print_table, where
+from bench.measure import RESULTS, in_fresh_process, median, print_table, where
 from bench.parts import PARTS, Clock
 
 CSV = RESULTS / "end_to_end.csv"
@@ -326,27 +326,31 @@ def measure_time(
     clocks = {v: Clock() for v in variants}
     with tempfile.TemporaryDirectory() as scratch:
         steps = steps_of(variants, work, scratch)
-        times = interleaved({v: bound(step, clocks[v]) for v, step in steps.items()}, rounds=rounds)
-    rows = []
-    for variant, seconds in times.items():
-        a_question = median(seconds) / questions
-        parts = clocks[variant].medians(skip=1)
-        rows.append(
-            {
-                "case": case,
-                "variant": variant,
-                "questions": questions,
-                "rounds": rounds,
-                "label_tokens": work.label_tokens,
-                "body_positions": clocks[variant].positions // (rounds + 1),
-                "seconds_a_question": round(a_question, 4),
-                "fastest": round(min(seconds) / questions, 4),
-                "slowest": round(max(seconds) / questions, 4),
-                "label_tokens_a_second": round(work.label_tokens / questions / a_question, 1),
-                **{part: round(parts[part] / questions, 4) for part in PARTS},
-            }
-        )
-    return rows
+        for _ in range(1 + rounds):  # the first round warms up
+            for variant, step in steps.items():
+                with clocks[variant].round():
+                    step(clocks[variant])
+    return [row_of(case, variant, work, clocks[variant]) for variant in steps]
+
+
+def row_of(case: str, variant: str, work: Work, clock: Clock) -> dict[str, Any]:
+    """Figures a question: medians over the rounds after the first."""
+    questions, rounds = len(work.rows), clock.rounds[1:]
+    wall = [r["wall"] / questions for r in rounds]
+    return {
+        "case": case,
+        "variant": variant,
+        "questions": questions,
+        "rounds": len(rounds),
+        "label_tokens": work.label_tokens,
+        "body_positions": clock.positions // len(clock.rounds),
+        "seconds_a_question": round(median(wall), 4),
+        "fastest": round(min(wall), 4),
+        "slowest": round(max(wall), 4),
+        "cpu_seconds_a_question": round(median([r["cpu"] for r in rounds]) / questions, 4),
+        "label_tokens_a_second": round(work.label_tokens / questions / median(wall), 1),
+        **{part: round(median([r[part] for r in rounds]) / questions, 4) for part in PARTS},
+    }
 
 
 def steps_of(variants: Sequence[str], work: Work, scratch: str) -> dict[str, Step]:
@@ -357,14 +361,6 @@ def steps_of(variants: Sequence[str], work: Work, scratch: str) -> dict[str, Ste
         except ValueError as error:
             print(f"left out: {error}", file=sys.stderr)
     return steps
-
-
-def bound(step: Step, clock: Clock) -> Callable[[], None]:
-    def run() -> None:
-        step(clock)
-        clock.end_round()
-
-    return run
 
 
 def measure_memory(case: str, folder: str, variant: str, questions: int) -> dict[str, Any]:

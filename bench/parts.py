@@ -16,8 +16,6 @@ from unittest.mock import patch
 
 import torch
 
-from bench.measure import median
-
 PARTS = ("data", "body_forward", "head_and_loss", "scores", "body_backward", "optimizer")
 
 # Functions whose time is that of scores and weights, where they are looked up.
@@ -50,15 +48,15 @@ class Clock:
         self._part, self._since = part, now
         return before
 
-    def end_round(self) -> None:
-        self.enter("")
-        self.rounds.append(dict(self._spent))
+    @contextmanager
+    def round(self) -> Iterator[None]:
+        """One step: its seconds by part, on the wall, and of all processors together."""
         self._spent.clear()
-
-    def medians(self, skip: int) -> dict[str, float]:
-        """Seconds of each part, without the first rounds."""
-        kept = self.rounds[skip:]
-        return {part: median([r.get(part, 0.0) for r in kept]) for part in PARTS}
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.enter("")
+        spent = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        self.rounds.append(spent | {part: self._spent.get(part, 0.0) for part in PARTS})
 
     @contextmanager
     def watch(self, model: Any) -> Iterator[None]:

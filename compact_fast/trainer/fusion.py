@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import chain, combinations, repeat
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from compact_fast.output import CompactOutput
 from compact_fast.reference import attention_consensus, consistency_spans
 from compact_fast.scores import TeacherWeights, statistics_dtype, teacher_weights
 from compact_fast.students import attention_projections, body_and_head
-from compact_fast.trainer.step import Body, compact_step, prior_logp
+from compact_fast.trainer.step import Body, compact_step, direct_body, prior_logp
 
 _HEAD_BYTES = 16 << 20  # logits of answer rows made at once
 LARGE = 4_000_000_000  # bytes of gradients kept apart that are worth a word
@@ -170,7 +170,10 @@ class _Fusion:
         config: CompactConfig,
         backend: CompactBackend | str,
     ) -> None:
-        self.body, self.model, self.layout = body, model, layout
+        # Replicas meet in a forward pass through their wrapper: as often on one rank as on another,
+        # so once a batch, however many rationales it has.
+        self.bodies = chain([body], repeat(direct_body(model)))
+        self.model, self.layout = model, layout
         self.consensus, self.config, self.backend = consensus, config, backend
         # Alone, a rationale has weight 1 whatever the method; only its statistics are wanted.
         self.alone = replace(
@@ -216,9 +219,10 @@ class _Fusion:
         """Statistics of sequence s, and the gradient of its NLL into `gradient`, [P]."""
         layout = _sequence(self.layout, s, q, self.starts, self.gold)
         kept: list[Tensor] = []
+        run = next(self.bodies)
 
         def body(input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
-            hidden = self.body(input_ids, attention_mask, **kwargs)
+            hidden = run(input_ids, attention_mask, **kwargs)
             kept.append(hidden.detach()[0])
             return hidden
 
@@ -292,7 +296,7 @@ class _Fusion:
         layout = _sequence(self.layout, s, q, self.starts, self.gold)
         assert layout.input_ids is not None
         with _same_random(read.random, layout.device):
-            hidden = self.body(layout.input_ids[None], None)[0]
+            hidden = next(self.bodies)(layout.input_ids[None], None)[0]
         a, b = (place - self.starts[s] for place in self.spans[s])
         rows = hidden[a:b]
         found = torch.autograd.grad(

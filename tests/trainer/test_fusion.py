@@ -14,7 +14,7 @@ from toy import TEACHERS, THINKING, make_rows, make_student, make_trainer
 from transformers import TrainerCallback
 
 from compact_fast.config import CompactConfig
-from compact_fast.students import LoraSettings, add_lora
+from compact_fast.students import LoraSettings, add_lora, causal_model
 from compact_fast.trainer.fusion import check_fusion, per_teacher_step
 from compact_fast.trainer.step import Collator, compact_step, direct_body
 
@@ -111,15 +111,13 @@ def test_a_rationale_read_twice_meets_the_same_dropout() -> None:
             torch.nn.init.normal_(p, std=0.2)
     model.train()
     seen: list[torch.Tensor] = []
-
-    def body(ids: torch.Tensor, mask: Any, **kwargs: Any) -> torch.Tensor:
-        hidden = direct_body(model)(ids, mask, **kwargs)
-        seen.append(hidden.detach())
-        return hidden
-
+    causal_model(model).model.register_forward_hook(
+        lambda module, args, output: seen.append(output.last_hidden_state.detach())
+    )
     rows = [r for r in make_rows(12) if len(r["completion_ids"]) == 2][:1]
     inputs = Collator.of(model, None, BLEND, THINKING)(rows)
-    per_teacher_step(body, model, inputs, config=BLEND)
+    seen.clear()
+    per_teacher_step(direct_body(model), model, inputs, config=BLEND)
     assert len(seen) == 4
     assert torch.equal(seen[0], seen[2])
     assert torch.equal(seen[1], seen[3])
