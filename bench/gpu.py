@@ -139,10 +139,33 @@ def check(backend: Any, device: torch.device, *, tiny: bool) -> bool:
     print("passed\n\naccuracy: largest error against float64, from the same inputs", flush=True)
     rows = [row for judged in tiers for row in judge(judged, device, tiny=tiny)]
     print_table(rows)
+    if not never_waits(backend, device):
+        return False
     wrong = [row for row in rows if row["verdict"] != "good"]
     if wrong:
         print(f"{len(wrong)} figures are less accurate than allowed: nothing is timed")
     return not wrong
+
+
+def never_waits(backend: Any, device: torch.device) -> bool:
+    """Whether a step runs through without the host asking the device for anything."""
+    if device.type != "cuda" or not getattr(backend, "takes_host_layout", False):
+        return True
+    shape = Shape(256, 4003, 64)
+    for frozen in (False, True):
+        problem = make_problem(shape, frozen=frozen, dtype=torch.bfloat16, device=device)
+        step = own_variants(problem, backend)["compact_loss"]
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        except RuntimeError as error:
+            print(f"a step waits for the device: {error}")
+            return False
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    print("a step never waits for the device")
+    return True
 
 
 def timings(

@@ -92,6 +92,7 @@ PEERS = (
 
 def peer_variants(problem: Problem) -> dict[str, Callable[[], object]]:
     """Eager torch, torch.compile, torch's own fused loss, and the peers that are installed."""
+    torch._dynamo.reset()  # or after a few shapes it would give up compiling, and say nothing
     compiled = torch.compile(weighted_nll, dynamic=False)
     losses: dict[str, Loss] = {"eager": weighted_nll, "torch.compile": compiled}
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):

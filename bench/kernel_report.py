@@ -16,7 +16,13 @@ from pathlib import Path
 
 import torch
 from compact_fast.triton_kernels import consistency as consistency_kernels
-from compact_fast.triton_kernels import gradient_rows, launch, logits_gemm, row_softmax
+from compact_fast.triton_kernels import (
+    gradient_rows,
+    kept_columns,
+    launch,
+    logits_gemm,
+    row_softmax,
+)
 from compact_fast.triton_kernels import row_statistics as statistics_kernels
 from compact_fast.triton_kernels import teacher_weights as weight_kernels
 from torch import Tensor
@@ -48,6 +54,7 @@ class Case:
     bytes: float
     matrix: bool = False  # its products run on matrix units
     quick: bool = True  # compiled by the tests, too
+    kernel: str = ""  # of a launch of several, the one that is meant
 
 
 def meta(*shape: int, dtype: torch.dtype = F32) -> Tensor:
@@ -112,6 +119,37 @@ def gemm_cases(arch: str) -> Iterator[Case]:
             quick=(keep, statistics, bias, redo, odd)
             in ((True, False, False, False, 0), (True, True, True, True, 0)),
         )
+
+
+def candidate_cases(arch: str) -> Iterator[Case]:
+    """What autotuning may choose, with the plain epilogue and with all of it."""
+    x, weight = meta(ROWS, WIDTH, dtype=BF16), meta(VOCAB, WIDTH, dtype=BF16)
+    for config in launch.LOGITS_GEMM_CANDIDATES[arch]:
+        for full in (False, True):
+
+            def run(config: launch.GemmConfig = config, full: bool = full) -> None:
+                logits_gemm.logits_exp(
+                    x,
+                    weight,
+                    meta(VOCAB, dtype=BF16) if full else None,
+                    meta(ROWS, dtype=I64),
+                    meta(ROWS),
+                    meta(ROWS, VOCAB, dtype=BF16),
+                    logits_gemm.new_partials(ROWS, weight, config, statistics=full),
+                    config,
+                    statistics=full,
+                )
+
+            sizes = f"{config.block_m}x{config.block_n}x{config.block_k}, {config.num_warps} warps"
+            traffic = 2 * WIDTH + 2 * VOCAB * WIDTH / ROWS + 2 * VOCAB
+            yield Case(
+                f"candidate {sizes}" + (", entropy, bias" if full else ""),
+                run,
+                2.0 * VOCAB * WIDTH,
+                traffic + 4 * VOCAB / config.block_n * (3 if full else 2),
+                matrix=True,
+                quick=False,
+            )
 
 
 def row_cases(arch: str) -> Iterator[Case]:
@@ -238,26 +276,66 @@ def consistency_cases(arch: str) -> Iterator[Case]:
     """The consistency rows, by number of teachers."""
     for teachers in (2, 4, 7, 16):
         rows = 8 * teachers
-        share = rows / ROWS  # an answer of 8 tokens a question
-        yield Case(
-            f"K={teachers}",
-            lambda teachers=teachers, rows=rows: consistency_kernels.consistency(
-                meta(rows, VOCAB),
-                meta(rows),
-                meta(rows, dtype=I64),
-                meta(rows, VOCAB, dtype=BF16),
-                teachers=teachers,
-                pair_floor=1e-4,
-            ),
-            (4 + 8 * teachers) * VOCAB * share,
-            14 * VOCAB * share,
-            quick=teachers == 4,
+        share = VOCAB * rows / ROWS  # an answer of 8 tokens a question
+        for kernel, flops, traffic in (
+            ("row_lse", 6, 4),
+            ("pair_products", 2 + 4 * teachers, 4),
+            ("pair_gradients", 4 + 6 * teachers, 6),
+        ):
+            yield Case(
+                f"K={teachers}",
+                lambda teachers=teachers, rows=rows: consistency_kernels.consistency(
+                    meta(rows, VOCAB),
+                    meta(rows),
+                    meta(rows, dtype=I64),
+                    meta(rows, VOCAB, dtype=BF16),
+                    teachers=teachers,
+                    pair_floor=1e-4,
+                ),
+                flops * share,
+                traffic * share,
+                quick=teachers == 4,
+                kernel=f"{kernel}_kernel",
+            )
+
+
+def kept_cases(arch: str) -> Iterator[Case]:
+    """The gradient products over kept columns, with a fifth of them kept."""
+    share = 0.2
+    blocks = ROWS // kept_columns.BLOCK_ROWS
+    for dtype in (BF16, F32):
+        name, size = str(dtype).removeprefix("torch."), dtype.itemsize
+        x, head = meta(ROWS, WIDTH, dtype=dtype), meta(VOCAB, WIDTH, dtype=dtype)
+        exps, rows = meta(ROWS, VOCAB, dtype=dtype), meta(ROWS)  # a multiple of the tile
+        kept = kept_columns.Kept(
+            meta(blocks, VOCAB, dtype=I64),
+            meta(blocks, VOCAB, dtype=torch.int32),
+            meta(blocks, dtype=torch.int32),
+            meta(VOCAB),
         )
+        launches: tuple[tuple[Callable[[], object], float, float], ...] = (
+            (lambda e=exps, r=rows: kept_columns.keep_columns(e, r, r, r, 2**-12),  # type: ignore[misc]
+             4 * VOCAB, size * VOCAB),
+            (lambda e=exps, r=rows, k=kept: kept_columns.move_together(e, r, meta(VOCAB), k),  # type: ignore[misc]
+             3 * VOCAB, (size * (1 + share)) * VOCAB),
+            (lambda e=exps, w=head, k=kept: kept_columns.kept_to_rows(e, w, k),  # type: ignore[misc]
+             2 * share * VOCAB * WIDTH,
+             share * (size * VOCAB + size * VOCAB * WIDTH / kept_columns.BLOCK_ROWS)),
+            (lambda e=exps, x=x, k=kept: kept_columns.kept_to_head(e, x, k, meta(VOCAB, WIDTH)),  # type: ignore[misc]
+             2 * share * VOCAB * WIDTH,
+             share * (size * VOCAB + 8 * VOCAB * WIDTH / kept_columns.BLOCK_ROWS)),
+        )  # fmt: skip
+        for i, (run, flops, traffic) in enumerate(launches):
+            products = i > 1 and dtype == BF16
+            yield Case(name, run, flops, traffic, matrix=products, quick=dtype == BF16)
 
 
 def cases(arch: str) -> Iterator[Case]:
     """Every kernel and launch configuration of an architecture."""
-    for family in (gemm_cases, row_cases, score_cases, consistency_cases):
+    families = (
+        gemm_cases, candidate_cases, row_cases, score_cases, consistency_cases, kept_cases,
+    )  # fmt: skip
+    for family in families:
         yield from family(arch)
 
 
@@ -284,7 +362,8 @@ def compile_cases(arch: str, *, quick: bool = False) -> list[Row]:
             continue
         with compiling(arch) as found:
             case.launch()
-        rows += [Row(case, compiled) for compiled in found]
+        meant = (c for c in found if case.kernel in ("", c.kernel))
+        rows += [Row(case, compiled) for compiled in meant]
     return rows
 
 
@@ -333,6 +412,10 @@ kernels compute the right numbers is tested in Triton's interpreter against floa
   a GPU can say. {chips}.
 - One step with a frozen head is the GEMM, finish_rows twice and one library product of the same
   FLOPs; a trained head adds a second product. Nothing else passes over [rows, V].
+- With `skip_below`, column_maxima and move_together pass over [rows, V] once each, and kept_to_rows
+  and kept_to_head stand in for the library's products; the table takes a fifth of the columns kept.
+- "candidate" rows of the CSV are what `COMPACT_FAST_AUTOTUNE=1` chooses among; the table in
+  `triton_kernels/launch.py`, each line with its reason, is what runs otherwise.
 
 {table}
 """

@@ -1,74 +1,59 @@
 """A frontend of its own: three calls of compact_fast, any model, any loop.
 
-    python examples/own_loop.py [BACKEND]
-
-Two teachers explain how to add; one of them is off by one. The weights find out which.
+python examples/own_loop.py [BACKEND]     # three teachers add, one is off by one: which?
 """
 
 import sys
-from itertools import chain
 
 import torch
 
-from compact_fast import CompactConfig, TokenLayout, compact_loss, consensus
+from compact_fast import TokenLayout, compact_loss, consensus
 
 VOCAB = {word: i for i, word in enumerate([*"0123456789+=.", "So"])}
+LENGTH, TEACHERS = 9, 3
 
 
-def rationale(a, b, result):
-    return f"{a} + {b} = {result} . So {result} ."
+def rationales(a, b):
+    """Two teachers are right, the second in another order; the third is not."""
+    told = ((a, b, a + b), (b, a, a + b), (a, b, a + b - 1))
+    return [f"{x} + {y} = {z} . So {z} ." for x, y, z in told]
 
 
-def batch(pairs):
-    """Three teachers a question: two right in different words' order, one wrong."""
-    texts, targets, inputs, spans, gold = [], [], [], [], []
-    for a, b in pairs:
-        for text in (rationale(a, b, a + b), rationale(b, a, a + b), rationale(a, b, a + b - 1)):
-            ids = [VOCAB[word] for word in text.split()]
-            start = sum(map(len, inputs))
-            inputs.append(ids)
-            targets.append([-100, -100, *ids[3:], -100])  # the question "a + b" has no labels
-            right = text.split()[4] == str(a + b)
-            spans.append([start + 6, start + 7] if right else [0, 0])
-            texts.append(text)
-        gold.append(VOCAB[str(a + b)])
-    flat = torch.tensor([*chain(*inputs)])
-    return texts, TokenLayout(
-        targets=torch.tensor([*chain(*targets)]),
-        cu_seqlens=torch.tensor([0, *map(len, inputs)]).cumsum(0),
-        cu_teachers=torch.arange(len(pairs) + 1) * 3,
-        input_ids=flat,
-        thinking=flat == VOCAB["So"],
-        gold_ids=torch.tensor(gold),
-        cu_gold=torch.arange(len(pairs) + 1),
-        answer_spans=torch.tensor(spans),
+def lay_out(texts, sums):
+    ids = torch.tensor([[VOCAB[word] for word in text.split()] for text in texts])
+    targets = ids.roll(-1, 1)
+    targets[:, :2] = targets[:, -1] = -100  # the question "a + b" has no labels
+    s = torch.arange(len(texts))[:, None]  # a teacher that is right states the sum behind "So"
+    return TokenLayout(
+        targets=targets.flatten(),
+        cu_seqlens=torch.arange(len(texts) + 1) * LENGTH,
+        cu_teachers=torch.arange(len(sums) + 1) * TEACHERS,
+        input_ids=ids.flatten(),
+        thinking=ids.flatten() == VOCAB["So"],
+        gold_ids=torch.tensor([VOCAB[str(n)] for n in sums]),
+        cu_gold=torch.arange(len(sums) + 1),
+        answer_spans=(s * LENGTH + torch.tensor([6, 7])) * (s % TEACHERS < 2),
     )
 
 
 def main(backend="auto", steps=60):
     torch.manual_seed(0)
     pairs = [(a, b) for a in range(1, 5) for b in range(1, 5)]
-    texts, layout = batch(pairs)
-    agreement = torch.tensor(consensus(texts, layout.cu_teachers.tolist()).scores).float()
-    body = torch.nn.Sequential(torch.nn.Embedding(len(VOCAB), 32), torch.nn.Tanh())
-    mix, head = torch.nn.GRU(32, 32), torch.nn.Linear(32, len(VOCAB), bias=False)
-    optimizer = torch.optim.Adam([*body.parameters(), *mix.parameters(), *head.parameters()], 1e-2)
+    texts = [text for pair in pairs for text in rationales(*pair)]
+    layout = lay_out(texts, [a + b for a, b in pairs])
+    scores = torch.tensor(consensus(texts, layout.cu_teachers.tolist()).scores).float()
+    words, mix = torch.nn.Embedding(len(VOCAB), 32), torch.nn.GRU(32, 32, batch_first=True)
+    head = torch.nn.Linear(32, len(VOCAB), bias=False)
+    optimizer = torch.optim.Adam(torch.nn.ModuleList([words, mix, head]).parameters(), 1e-2)
     for step in range(steps):
-        rows = [
-            mix(body(ids))[0] for ids in layout.input_ids.split(layout.sequence_lengths.tolist())
-        ]
-        out = compact_loss(
-            torch.cat(rows), head.weight, layout, consensus=agreement, config=CompactConfig(),
-            backend=backend,
-        )  # fmt: skip
-        optimizer.zero_grad()
+        hidden = mix(words(layout.input_ids.view(-1, LENGTH)).tanh())[0].flatten(0, 1)
+        out = compact_loss(hidden, head.weight, layout, consensus=scores, backend=backend)
         out.loss.backward()
         optimizer.step()
+        optimizer.zero_grad()
         if step % 20 == 0 or step == steps - 1:
-            weights = out.weights.view(-1, 3).mean(0)
-            shown = " ".join(f"{w:.3f}" for w in weights)
-            print(f"step {step:3d}  loss {out.loss:.3f}  weights {shown}")
-    return out
+            weights = " ".join(f"{w:.3f}" for w in out.weights.view(-1, TEACHERS).mean(0))
+            print(f"step {step:3d}  loss {out.loss:.3f}  weights {weights}")
 
 
 if __name__ == "__main__":

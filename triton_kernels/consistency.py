@@ -1,4 +1,4 @@
-"""The consistency term and its gradient on aligned rows: one program an aligned token.
+"""The consistency term and its gradient on aligned rows.
 
 For the K teachers' rows r_i of one aligned token, log-probabilities a_i and pair coefficients
 c_ij = alpha_i alpha_j / n_ij (0 for i = j, for pairs below the floor, for absent rows):
@@ -7,7 +7,9 @@ c_ij = alpha_i alpha_j / n_ij (0 for i = j, for pairs below the floor, for absen
     d value / dz_i = p_i (m_i - <p_i, m_i> + C_i) - sum_j c_ij p_j
     m_i = sum_j c_ij (a_i - a_j),   C_i = sum_j c_ij
 
-Three passes over the K rows: normalisers, inner products, gradient. No K x K table, no atomics.
+Three launches: normalisers, one program a row; inner products and gradients, one program an aligned
+token and stretch of the vocabulary, for tokens alone are too few to fill a device. Stretches are
+summed in order: no atomics.
 """
 
 from __future__ import annotations
@@ -31,52 +33,74 @@ def _coefficients(alpha, length, member, place, j, alpha_ptr, length_ptr, floor)
     return tl.where(keep, product / tl.maximum(aligned, 1).to(tl.float32), 0.0)
 
 
-@triton.jit(do_not_specialize=["K"])
-def consistency_kernel(
-    z_ptr,  # [B * K, V] float32, row stride stride_z
-    g_ptr,  # [B * K, V], row stride stride_g
-    alpha_ptr,  # [B * K] float32
-    length_ptr,  # [B * K] int64: length of the row's span; 0: no such row
-    value_ptr,  # [B] float32
-    floor,
-    K,
+@triton.jit(do_not_specialize_on_alignment=["length_ptr"])
+def row_lse_kernel(
+    z_ptr,  # [n, V] float32, row stride stride_z
+    length_ptr,  # [n] int64; 0: no such row
+    lse_ptr,  # [n] float32
     V,
     stride_z,
-    stride_g,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
+    r = tl.program_id(0).to(tl.int64)
+    if tl.load(length_ptr + r) == 0:
+        tl.store(lse_ptr + r, 0.0)
+        return
+    # a running maximum and sum a lane: no reduction across the block inside the loop
+    top = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for v0 in range(0, V, BLOCK):
+        v = v0 + tl.arange(0, BLOCK)
+        z = tl.load(z_ptr + r * stride_z + v, mask=v < V, other=float("-inf"))
+        higher = tl.maximum(top, z)
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(top - safe) + tl.exp(z - safe)
+        top = higher
+    peak = tl.max(top, 0)
+    shrink = tl.where(top == float("-inf"), 0.0, tl.exp(top - peak))
+    tl.store(lse_ptr + r, peak + tl.log(tl.sum(total * shrink, 0)))
+
+
+@triton.jit
+def _group(alpha_ptr, length_ptr, lse_ptr, floor, K, BLOCK_K: tl.constexpr):
+    """(first row, places, alpha, length, member, lse, C_i) of the program's aligned token."""
     first = tl.program_id(0).to(tl.int64) * K
     place = tl.arange(0, BLOCK_K)
     alpha = tl.load(alpha_ptr + first + place, mask=place < K, other=0.0)
     length = tl.load(length_ptr + first + place, mask=place < K, other=0)
+    lse = tl.load(lse_ptr + first + place, mask=place < K, other=0.0)
     member = (place < K) & (length > 0)
-    z_rows = z_ptr + (first + place) * stride_z
-    lanes = tl.arange(0, BLOCK_V)
-
-    # logsumexp of every row
-    top = tl.full((BLOCK_K,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK_K,), dtype=tl.float32)
-    for v0 in range(0, V, BLOCK_V):
-        v = v0 + lanes
-        keep = member[:, None] & (v < V)[None, :]
-        z = tl.load(z_rows[:, None] + v[None, :], mask=keep, other=float("-inf"))
-        higher = tl.maximum(top, tl.max(z, 1))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(top - safe) + tl.sum(tl.exp(z - safe[:, None]), 1)
-        top = higher
-    lse = tl.where(member, top + tl.log(tl.where(member, total, 1.0)), 0.0)
-
-    degree = tl.zeros((BLOCK_K,), dtype=tl.float32)  # C_i
+    degree = tl.zeros((BLOCK_K,), dtype=tl.float32)
     for j in range(K):
         degree += _coefficients(
             alpha, length, member, place, j, alpha_ptr + first, length_ptr + first, floor
         )
+    return first, place, alpha, length, member, lse, degree
 
-    # <p_i, m_i>: the weighted divergences of row i from all others
+
+@triton.jit(do_not_specialize=["K"], do_not_specialize_on_alignment=["length_ptr"])
+def pair_products_kernel(
+    z_ptr,  # [B * K, V] float32, row stride stride_z
+    alpha_ptr,  # [B * K] float32
+    length_ptr,  # [B * K] int64: length of the row's span; 0: no such row
+    lse_ptr,  # [B * K] float32
+    spread_ptr,  # [stretches, B * K] float32: <p_i, m_i> over a stretch of the vocabulary
+    floor,
+    K,
+    V,
+    stride_z,
+    STRETCH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    first, place, alpha, length, member, lse, degree = _group(
+        alpha_ptr, length_ptr, lse_ptr, floor, K, BLOCK_K
+    )
+    z_rows = z_ptr + (first + place) * stride_z
     spread = tl.zeros((BLOCK_K,), dtype=tl.float32)
-    for v0 in range(0, V, BLOCK_V):
-        v = v0 + lanes
+    start = tl.program_id(1) * STRETCH
+    for v0 in range(start, tl.minimum(start + STRETCH, V), BLOCK_V):
+        v = v0 + tl.arange(0, BLOCK_V)
         keep = (degree > 0)[:, None] & (v < V)[None, :]
         a = tl.load(z_rows[:, None] + v[None, :], mask=keep, other=0.0) - lse[:, None]
         m = tl.zeros((BLOCK_K, BLOCK_V), dtype=tl.float32)
@@ -84,14 +108,47 @@ def consistency_kernel(
             c = _coefficients(
                 alpha, length, member, place, j, alpha_ptr + first, length_ptr + first, floor
             )
-            lse_j = tl.sum(tl.where(place == j, lse, 0.0), 0)
+            lse_j = tl.load(lse_ptr + first + j)
             a_j = tl.load(z_ptr + (first + j) * stride_z + v, mask=v < V, other=0.0) - lse_j
             m += tl.where(c[:, None] > 0, c[:, None] * (a - a_j[None, :]), 0.0)
         spread += tl.sum(tl.where(keep, tl.exp(a) * m, 0.0), 1)
-    tl.store(value_ptr + tl.program_id(0), tl.sum(spread, 0))
+    rows = tl.num_programs(0).to(tl.int64) * K
+    at = spread_ptr + tl.program_id(1) * rows + first + place
+    tl.store(at, spread, mask=place < K)
 
-    for v0 in range(0, V, BLOCK_V):
-        v = v0 + lanes
+
+@triton.jit(do_not_specialize=["K"], do_not_specialize_on_alignment=["length_ptr"])
+def pair_gradients_kernel(
+    z_ptr,  # [B * K, V] float32, row stride stride_z
+    g_ptr,  # [B * K, V], row stride stride_g
+    alpha_ptr,  # [B * K] float32
+    length_ptr,  # [B * K] int64
+    lse_ptr,  # [B * K] float32
+    spread_ptr,  # [stretches, B * K] float32
+    value_ptr,  # [B] float32
+    floor,
+    K,
+    V,
+    stride_z,
+    stride_g,
+    STRETCH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    first, place, alpha, length, member, lse, degree = _group(
+        alpha_ptr, length_ptr, lse_ptr, floor, K, BLOCK_K
+    )
+    rows = tl.num_programs(0).to(tl.int64) * K
+    spread = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    for part in range(tl.num_programs(1)):
+        spread += tl.load(spread_ptr + part * rows + first + place, mask=place < K, other=0.0)
+    if tl.program_id(1) == 0:
+        tl.store(value_ptr + tl.program_id(0), tl.sum(spread, 0))
+    z_rows = z_ptr + (first + place) * stride_z
+    g_rows = g_ptr + (first + place) * stride_g
+    start = tl.program_id(1) * STRETCH
+    for v0 in range(start, tl.minimum(start + STRETCH, V), BLOCK_V):
+        v = v0 + tl.arange(0, BLOCK_V)
         keep = (degree > 0)[:, None] & (v < V)[None, :]
         a = tl.load(z_rows[:, None] + v[None, :], mask=keep, other=0.0) - lse[:, None]
         m = tl.zeros((BLOCK_K, BLOCK_V), dtype=tl.float32)
@@ -100,15 +157,16 @@ def consistency_kernel(
             c = _coefficients(
                 alpha, length, member, place, j, alpha_ptr + first, length_ptr + first, floor
             )
-            lse_j = tl.sum(tl.where(place == j, lse, 0.0), 0)
+            lse_j = tl.load(lse_ptr + first + j)
             a_j = tl.load(z_ptr + (first + j) * stride_z + v, mask=v < V, other=0.0) - lse_j
             m += tl.where(c[:, None] > 0, c[:, None] * (a - a_j[None, :]), 0.0)
             pulled += tl.where(c[:, None] > 0, c[:, None] * tl.exp(a_j)[None, :], 0.0)
         grad = tl.exp(a) * (m - spread[:, None] + degree[:, None]) - pulled
         grad = tl.where(keep, grad, 0.0)
-        g_at = g_ptr + ((first + place) * stride_g)[:, None] + v[None, :]
         tl.store(
-            g_at, grad.to(g_ptr.dtype.element_ty), mask=(place < K)[:, None] & (v < V)[None, :]
+            g_rows[:, None] + v[None, :],
+            grad.to(g_ptr.dtype.element_ty),
+            mask=(place < K)[:, None] & (v < V)[None, :],
         )
 
 
@@ -122,13 +180,29 @@ def consistency(
     pair_floor: float,
 ) -> Tensor:  # [B] float32
     """Sum over pairs of alpha_i alpha_j / n_ij D_ij at every aligned token."""
-    B, V = logits.shape[0] // teachers, logits.shape[1]
-    value = torch.empty(B, dtype=torch.float32, device=logits.device)
+    n, V = logits.shape
+    lse = torch.empty(n, dtype=torch.float32, device=logits.device)
+    row_lse_kernel[(n,)](
+        logits, lengths, lse, V, logits.stride(0), BLOCK=min(4096, next_power_of_2(V)),
+        num_warps=8, num_stages=1, **UNFUSED,
+    )  # fmt: skip
     block_k = next_power_of_2(teachers)
-    consistency_kernel[(B,)](
-        logits, grad, alpha, lengths, value, pair_floor, teachers, V, logits.stride(0),
-        grad.stride(0), BLOCK_K=block_k, BLOCK_V=max(32, min(512, 1024 // block_k)),
-        num_warps=4, num_stages=1, **UNFUSED,
+    # 1,024 entries a program: of twice as many, masks do not fit the scalar registers of gfx942
+    block_v = max(32, min(512, 1024 // block_k))
+    stretch = 16 * block_v  # 4,096 columns of 4 teachers: 38 stretches of 151,936 words
+    grid = (n // teachers, triton.cdiv(V, stretch))
+    spread = torch.empty(grid[1], n, dtype=torch.float32, device=logits.device)
+    value = torch.empty(grid[0], dtype=torch.float32, device=logits.device)
+    sizes = {
+        "STRETCH": stretch, "BLOCK_K": block_k, "BLOCK_V": block_v, "num_warps": 4,
+        "num_stages": 1, **UNFUSED,
+    }  # fmt: skip
+    pair_products_kernel[grid](
+        logits, alpha, lengths, lse, spread, pair_floor, teachers, V, logits.stride(0), **sizes
+    )
+    pair_gradients_kernel[grid](
+        logits, grad, alpha, lengths, lse, spread, value, pair_floor, teachers, V,
+        logits.stride(0), grad.stride(0), **sizes,
     )  # fmt: skip
     return value
 

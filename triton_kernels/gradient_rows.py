@@ -18,7 +18,11 @@ from torch import Tensor
 from .launch import UNFUSED, next_power_of_2
 
 
-@triton.jit(do_not_specialize=["n", "first_sequence"])
+# slices of a batch's vectors start anywhere: their alignment must not compile anything anew
+@triton.jit(
+    do_not_specialize=["n", "first_sequence"],
+    do_not_specialize_on_alignment=["weights_ptr", "labels_ptr"],
+)
 def row_factors_kernel(
     weights_ptr,  # [S] float32
     labels_ptr,  # [S] int64: label counts
@@ -77,7 +81,7 @@ def row_factors_ref(
     return torch.where((targets >= 0) & (weights[s] > 0), factor, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["from_ptr", "to_ptr"])
 def scale_rows_kernel(
     x_ptr,  # [*, D]
     from_ptr,  # [n] int64: rows of x, or unused

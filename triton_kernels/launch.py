@@ -72,6 +72,67 @@ LOGITS_GEMM_WIDE_EPILOGUE = {
     ),
 }  # fmt: skip
 
+# What autotuning tries beside the table's own choice; all of them compile without spills.
+LOGITS_GEMM_CANDIDATES = {
+    "sm_80": (
+        GemmConfig(128, 128, 32, 8, 4, False, "shorter steps, more of them under way"),
+        GemmConfig(64, 128, 64, 4, 3, False, "more programs for a chunk of few rows"),
+    ),
+    "sm_90": (
+        GemmConfig(128, 128, 64, 8, 4, True, "smaller tiles, a deeper pipeline"),
+        GemmConfig(128, 128, 64, 4, 4, True, "one warp group: its epilogue keeps fewer warps busy"),
+        GemmConfig(64, 256, 64, 8, 3, True, "more programs for a chunk of few rows"),
+    ),
+    "sm_100": (
+        GemmConfig(128, 128, 64, 4, 4, True, "fewer warps to read the accumulator back"),
+        GemmConfig(128, 64, 64, 4, 4, True, "a narrower epilogue"),
+    ),
+    "gfx942": (
+        GemmConfig(128, 128, 64, 8, 2, False, "half the accumulator a wave"),
+        GemmConfig(64, 128, 64, 4, 2, False, "more programs for a chunk of few rows"),
+    ),
+    "interpreter": (GemmConfig(16, 32, 32, 1, 1, False, "for the tests of the choice"),),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """One launch configuration of the products over kept columns."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    why: str
+
+
+KEPT_PRODUCT = {
+    "sm_80": ProductConfig(
+        128, 128, 32, 8, 3,
+        "a gathered tile of 32 rows is 8 KB: with all stages 24 KB, so that registers, not shared "
+        "memory, bound how many groups a multiprocessor takes",
+    ),
+    "sm_90": ProductConfig(
+        128, 128, 64, 8, 3,
+        "two warp groups of 64 x 128; a bulk copy cannot gather, so the loads are pointers, which "
+        "spill with 256 columns",
+    ),
+    "sm_100": ProductConfig(
+        128, 128, 64, 8, 3, "as sm_90: gathered loads, and an accumulator in tensor memory",
+    ),
+    "gfx942": ProductConfig(
+        128, 128, 32, 8, 2, "32 KB of local memory with both operands, two groups a compute unit",
+    ),
+    "interpreter": ProductConfig(32, 32, 32, 1, 1, "small, so that test sizes make several tiles"),
+}  # fmt: skip
+
+# float32 has no matrix units here: each product is a multiplication by a thread, whose operands
+# take registers twice over
+KEPT_PRODUCT_FLOAT32 = ProductConfig(
+    64, 64, 16, 8, 2, "16 sums a thread; with tiles of 128 the head's product spills on sm_80"
+)
+
 # M tiles that share one pass over the vocabulary: the vocabulary tile changes slowest, so that W
 # is read from memory once while these rows of x stay in the L2 cache (4096 x 4096 x 2 B = 32 MB).
 GROUP_M = 32
@@ -106,6 +167,13 @@ def gemm_config(x: Tensor, *, statistics: bool, bias: bool) -> GemmConfig:
     arch = architecture(x)
     wide = LOGITS_GEMM_WIDE_EPILOGUE if statistics or bias else {}
     return wide.get(arch, LOGITS_GEMM[arch])
+
+
+def product_config(x: Tensor) -> ProductConfig:
+    """The configuration of the products over kept columns on the device of `x`."""
+    arch = architecture(x)
+    wide = x.dtype == torch.float32 and arch != "interpreter"
+    return KEPT_PRODUCT_FLOAT32 if wide else KEPT_PRODUCT[arch]
 
 
 def num_processors(tensor: Tensor) -> int:

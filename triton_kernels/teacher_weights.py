@@ -36,7 +36,8 @@ Rule = Literal["softmax", "best", "shares"]
 ConsensusRule = Literal["none", "given", "both"]
 
 
-@triton.jit
+# slices of a batch's vectors start anywhere: their alignment must not compile anything anew
+@triton.jit(do_not_specialize_on_alignment=["spans_ptr", "prior_ptr", "cu_seqlens_ptr"])
 def sequence_scores_kernel(
     logp_ptr,  # [T] float32
     information_ptr,  # [T] float32
@@ -192,7 +193,15 @@ def _z_scores(v, use, floor):
     return centred / (tl.maximum(tl.sqrt(variance), floor) + STD_FLOOR)
 
 
-@triton.jit(do_not_specialize=["first_sequence"])
+@triton.jit(
+    do_not_specialize=["first_sequence"],
+    do_not_specialize_on_alignment=[
+        "consensus_ptr",
+        "attention_ptr",
+        "shares_ptr",
+        "cu_teachers_ptr",
+    ],
+)
 def teacher_weights_kernel(
     mi_ptr,  # [S] float32
     nll_ptr,  # [S] float32
@@ -338,6 +347,78 @@ def teacher_weights(
         BLOCK_K=next_power_of_2(most_teachers), num_warps=1, num_stages=1, **UNFUSED,
     )  # fmt: skip
     return out
+
+
+def teacher_weights_ref(
+    mi: Tensor,
+    nll: Tensor,
+    consensus: Tensor | None,
+    attention: Tensor | None,
+    shares: Tensor | None,
+    cu_teachers: Tensor,
+    rule: WeightRule,
+) -> Weights:
+    """The same in plain torch, question by question, in float64."""
+    ones = torch.ones_like(nll)
+    columns = [ones if c is None else c for c in (consensus, attention, shares)]
+    table = torch.stack([c.double() for c in (mi, nll, *columns)])
+    found = [_question_ref(*table[:, a:b], rule=rule) for a, b in pairwise(cu_teachers.tolist())]
+    weights, score, cons, filtered, nonfinite, skipped = zip(*found, strict=True)
+    return Weights(
+        *(torch.cat(column).float() for column in (weights, score, cons)),
+        torch.cat(filtered), torch.cat(nonfinite), torch.stack(skipped),
+    )  # fmt: skip
+
+
+def _question_ref(
+    mi: Tensor,  # [K]; so are all others
+    nll: Tensor,
+    graph: Tensor,
+    attention: Tensor,
+    shares: Tensor,
+    *,
+    rule: WeightRule,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def z(values: Tensor, use: Tensor) -> Tensor:
+        kept = values[use]
+        std = kept.std() if kept.numel() > 1 else kept.new_tensor(0.0)
+        std = std.clamp(min=rule.z_floor)
+        out = torch.zeros_like(values)
+        out[use] = (kept - kept.mean()) / (std + STD_FLOOR.value)
+        return out
+
+    finite = nll.isfinite()
+    if rule.mi_used:
+        finite &= mi.isfinite()
+    cons = graph
+    if rule.consensus == "both":
+        use = finite & graph.isfinite() & attention.isfinite()
+        cons = torch.where(use, (z(graph, use) + z(attention, use)) / 2, torch.nan)
+    if rule.consensus_used:
+        finite = finite & cons.isfinite()
+    score = torch.zeros_like(nll)
+    if rule.rule != "shares":
+        terms = ((mi, rule.mi_used), (cons, rule.consensus != "none"), (nll, True))
+        signs = (rule.betas[0], rule.betas[1], -rule.betas[2])
+        for beta, (values, used) in zip(signs, terms, strict=True):
+            if used and beta != 0:
+                score = score + beta * z(values, finite)
+    filtered = torch.zeros_like(finite)
+    if rule.consensus != "none" and rule.filter_below > 0 and bool(finite.any()):
+        top = graph[finite].max()
+        filtered = finite & (top > 0) & (graph < rule.filter_below * top)
+    allowed = finite & ~filtered
+    raw = torch.zeros_like(nll)
+    if rule.rule == "shares":
+        raw[allowed] = shares[allowed]
+    elif rule.rule == "best":
+        top = score[allowed].amax() if allowed.any() else score.new_tensor(0.0)
+        raw[allowed] = (score[allowed] == top).double()
+    else:
+        raw[allowed] = torch.softmax(score[allowed] / rule.tau, 0)
+    total = raw.sum()
+    weights = raw / total if total > 0 else raw
+    return weights, score, cons, filtered, ~finite, total == 0
 
 
 def _bytes(flags: Tensor | None) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .launch import gemm_config
 from .logits_gemm import can_describe, logits_exp, new_partials, padded_width
 from .row_statistics import RowStatistics, finish_rows, row_dot, row_statistics_ref
+from .tuning import tuned_config
 
 
 def can_fuse(x: Tensor, weight: Tensor) -> bool:
@@ -37,7 +38,7 @@ def measure_rows(
     out = RowStatistics.empty(label_logit.clone(), statistics=statistics)
     if n == 0:
         return out
-    config = gemm_config(x, statistics=statistics, bias=bias is not None)
+    config = tuned_config(x, weight, bias, statistics=statistics)
     partials = new_partials(n, weight, config, statistics=statistics)
     logits_exp(x, weight, bias, targets, out.offset, exps, partials, config, statistics=statistics)
     finish_rows(partials, label_logit, targets, None, out, redone=False)

@@ -46,6 +46,7 @@ class TritonBackend:
     name: str = "triton"
     abi: int = ABI
     takes_host_layout: bool = True
+    skips_blocks: bool = True
 
     def can_run(self, spec: RunSpec) -> bool | str:
         """True, or what is missing."""
@@ -88,6 +89,7 @@ class TritonBackend:
         from compact_fast.backends.triton_pass import TritonPass
         from compact_fast.backends.triton_plan import make_plan
         from compact_fast.backends.triton_rows import DeviceHead
+        from compact_fast.backends.triton_skip import SkippingProducts
 
         if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
             raise ValueError(
@@ -99,6 +101,9 @@ class TritonBackend:
             hidden = hidden.contiguous()
         with _device_of(hidden):
             head = DeviceHead.of(self, hidden, weight, bias)
+            skipping = None
+            if config.skip_below > 0:
+                skipping = SkippingProducts.of(config.skip_below, head, layout.num_tokens)
             work = TritonPass(
                 head=head,
                 plan=make_plan(layout.to("cpu"), config, hidden.device, head.max_rows),
@@ -107,6 +112,7 @@ class TritonBackend:
                 config=config,
                 normalizer=normalizer,
                 statistics=statistics,
+                skipping=skipping,
             )
             return work.run(hidden, weight, bias, needs)
 

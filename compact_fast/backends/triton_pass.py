@@ -17,6 +17,7 @@ from compact_fast.backends.triton_plan import (
     weight_rule,
 )
 from compact_fast.backends.triton_rows import DeviceHead, GradientSums, TokenStatistics, say_once
+from compact_fast.backends.triton_skip import SkippingProducts
 from compact_fast.config import CompactConfig
 from compact_fast.triton_kernels.consistency import consistency
 from compact_fast.triton_kernels.gradient_rows import clear_rows, row_factors, scale_rows
@@ -42,6 +43,7 @@ class TritonPass:
     config: CompactConfig
     normalizer: float | None
     statistics: bool
+    skipping: SkippingProducts | None = None  # with config.skip_below > 0
 
     def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> LossResult:
         """Loss, figures, and the gradients that are needed."""
@@ -63,6 +65,11 @@ class TritonPass:
             normalizer = (~shares.skipped).sum().clamp(min=1)
         sft = torch.where(alpha > 0, alpha * scores.nll, 0.0).double().sum() / normalizer
         pull = self.config.consistency_weight * divergence.double().sum() / normalizer
+        kept_share = gradient_error = None
+        if self.skipping is not None:
+            rows = self.plan.rows
+            factor = self._factors(self._everything, rows, self._ones(rows), scores)
+            kept_share, gradient_error = self.skipping.report(grads, rows, factor, normalizer)
         return LossResult(
             loss=(sft + pull).float(),
             loss_sft=sft.float(),
@@ -80,6 +87,8 @@ class TritonPass:
             skipped=shares.skipped,
             token_entropy=stats.entropy,
             token_correct=stats.correct,
+            kept_share=kept_share,
+            gradient_error=gradient_error,
         )
 
     # ---- rows --------------------------------------------------------------------------------
@@ -97,14 +106,11 @@ class TritonPass:
             stats.record(at, measured)
             if out is not None and exps is not None:
                 unscaled = GradientSums(out, None, None)
-                self.head.add_gradients(
-                    unscaled, at, x, exps, measured.total.reciprocal(), add=False
-                )
-        everything = Group(slice(0, plan.num_questions), slice(0, plan.num_sequences), slice(0))
-        scores = self._score(everything, stats, gold_logit)
+                factor = measured.total.reciprocal()
+                self._add_rows(unscaled, at, x, exps, factor, measured.total)
+        scores = self._score(self._everything, stats, gold_logit)
         if out is not None:
-            ones = torch.ones(rows.numel(), dtype=torch.float32, device=rows.device)
-            factor = self._factors(everything, rows, ones, scores)
+            factor = self._factors(self._everything, rows, self._ones(rows), scores)
             scale_rows(out, factor, out, source=rows, to=rows)
         return scores
 
@@ -157,7 +163,30 @@ class TritonPass:
     ) -> None:
         factor = self._factors(group, rows, measured.total, scores)
         clear_rows(exps, factor, measured.total)
-        self.head.add_gradients(grads, rows, x, exps, factor, add=False)
+        self._add_rows(grads, rows, x, exps, factor, measured.total)
+
+    def _add_rows(
+        self,
+        grads: GradientSums,
+        at: Tensor,
+        x: Tensor,
+        exps: Tensor,
+        factor: Tensor,
+        total: Tensor,
+    ) -> None:
+        if self.skipping is None:
+            self.head.add_gradients(grads, at, x, exps, factor, add=False)
+        else:
+            self.skipping.add(grads, at, x, exps, factor, total)
+
+    @property
+    def _everything(self) -> Group:
+        plan = self.plan
+        return Group(slice(0, plan.num_questions), slice(0, plan.num_sequences), slice(0))
+
+    @staticmethod
+    def _ones(rows: Tensor) -> Tensor:
+        return torch.ones_like(rows, dtype=torch.float32)
 
     def _factors(self, group: Group, rows: Tensor, total: Tensor, scores: _Scores) -> Tensor:
         """alpha / |A| / total of each row; 0 without a label or a weight, [n]."""

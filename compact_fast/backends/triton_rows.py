@@ -205,6 +205,10 @@ class DeviceHead:
         if grads.weight is not None:
             scaled = scale_rows(x, factor, torch.empty_like(x))
             add_product(grads.weight, g.T, scaled)
+        self.add_bias_gradient(grads, g, factor)
+
+    def add_bias_gradient(self, grads: GradientSums, g: Tensor, factor: Tensor) -> None:
+        """db += the sum over rows of factor [n] times g [n, V]."""
         if grads.bias is not None:
             # two columns: a factor rounded to bfloat16, and what the rounding left
             high = factor.to(g.dtype)

@@ -1,6 +1,7 @@
 """The whole backend against the reference in float64, from the same low-precision inputs."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from compact_fast.triton_kernels import launch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compact_fast import CompactConfig
+from compact_fast.backends import triton_skip
 from compact_fast.backends.protocol import Needs, RunSpec
 from compact_fast.backends.reference_backend import ReferenceBackend
 from compact_fast.backends.triton_backend import TritonBackend
@@ -185,6 +187,55 @@ def test_token_logp_and_its_gradients(monkeypatch):
     grads = REFERENCE.token_logp_gradients(upstream.double(), *exact, targets, ALL)
     for a, b in zip(got, grads, strict=True):
         assert (a.double() - b).norm() / b.norm() < 2.0**-7
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_small_gradients_are_left_out(frozen, monkeypatch):
+    dtype = torch.bfloat16
+    monkeypatch.setattr(triton_skip, "BLOCK_ROWS", 16)
+    for name in ("keep_columns", "move_together", "kept_to_rows", "kept_to_head"):
+        kernel = partial(getattr(triton_skip, name), block_rows=16)
+        monkeypatch.setattr(triton_skip, name, kernel)
+    hidden, weight, bias, layout, *scores = batch(V=160, dtype=dtype)
+    problem = (2 * hidden, weight, bias, layout, *scores)  # some likely tokens, many unlikely ones
+    needs = Needs(True, not frozen, not frozen)
+    dense = CompactConfig(consistency_weight=0.5)
+    config = replace(dense, skip_below=0.02)
+    whole, want = both(problem, dense, needs=needs)
+    got, _ = both(problem, config, needs=needs)
+    assert whole.kept_share is None
+    assert got.kept_share.dtype == got.gradient_error.dtype == torch.float32
+    for name in ("loss", "weights", "nll", "mi", "token_logp", "consistency"):
+        a, b = getattr(got, name), getattr(whole, name)
+        assert torch.equal(a.nan_to_num(), b.nan_to_num()), name
+    assert 0.05 < got.kept_share < 0.6
+    if frozen:  # one chunk, blocks of 16 rows with a label: which columns they keep is known
+        logits = 2 * hidden.double() @ weight.double().T + bias.double()
+        g = logits.softmax(1)
+        g[layout.labelled, layout.targets[layout.labelled]] -= 1
+        g, live = g[layout.labelled], want.weights[layout.token_sequence][layout.labelled] > 0
+        kept = torch.cat([(b.abs().amax(0) >= 0.02).expand(len(b), -1) for b in g.split(16)])
+        assert (
+            abs(float(got.kept_share) - float(kept[live].double().mean())) < 0.01
+        )  # a column at the border
+    errors = [
+        0.0 if a is None else float((a.double() - b.double()).norm())
+        for a, b in zip(got.gradients, whole.gradients, strict=True)
+    ]
+    rounding = [
+        0.0 if g is None else float(torch.finfo(dtype).eps * g.double().norm())
+        for g in whole.gradients
+    ]
+    for error, bound, slack in zip(errors, got.gradient_error.tolist(), rounding, strict=True):
+        assert error <= bound + slack
+    assert 0 < got.gradient_error[0] < 20 * errors[0]
+    assert (got.gradient_error[1] == 0) == frozen
+    assert got.gradient_error[2] == 0  # the bias's gradient is whole
+    everything, _ = both(problem, replace(dense, skip_below=1e-12), needs=needs)
+    assert everything.kept_share == 1
+    for a, b in zip(everything.gradients, whole.gradients, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 def eager(problem, config, weights):

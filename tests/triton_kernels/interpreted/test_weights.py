@@ -6,6 +6,7 @@ from compact_fast.triton_kernels.teacher_weights import (
     sequence_scores,
     sequence_scores_ref,
     teacher_weights,
+    teacher_weights_ref,
 )
 
 from compact_fast import CompactConfig
@@ -130,6 +131,13 @@ def test_teacher_weights(options, faulty):
     for name in ("weights", "score", "consensus"):
         torch.testing.assert_close(
             getattr(got, name), getattr(want, name), rtol=1e-6, atol=1e-7, equal_nan=True
+        )
+    twin = teacher_weights_ref(mi, nll, given, attention, shares, batch.cu_teachers, rule)
+    for name in ("filtered", "nonfinite", "skipped"):
+        assert torch.equal(getattr(got, name), getattr(twin, name)), name
+    for name in ("weights", "score", "consensus"):
+        torch.testing.assert_close(
+            getattr(got, name), getattr(twin, name), rtol=1e-6, atol=1e-7, equal_nan=True
         )
     part = teacher_weights(  # the second question alone, its sequences counted from 0
         mi[1:5], nll[1:5], None if given is None else given[1:5], attention[1:5],
