@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compact_fast.config import CompactConfig
-from compact_fast.scoring import COLUMNS, score_rows, write_scores
+from compact_fast.scoring import COLUMNS, Done, score_file, score_rows, write_scores
 
 sys.path.insert(0, str(Path(__file__).parent / "trainer"))
 from toy import TEACHERS, THINKING, make_rows, make_student, make_trainer
@@ -131,16 +131,81 @@ def test_gradients_stay_on_for_the_caller_between_rows() -> None:
     assert torch.is_grad_enabled()
 
 
-def test_progress_counts_questions() -> None:
-    calls: list[tuple[int, int]] = []
-    score(
-        make_student(),
-        make_rows(7),
-        batch_tokens=1,
-        window=3,
-        progress=lambda a, b: calls.append((a, b)),
-    )
-    assert calls == [(i, 7) for i in range(1, 8)]
+def test_progress_counts_questions_and_tokens() -> None:
+    calls: list[Done] = []
+    rows = make_rows(7)
+    score(make_student(), rows, batch_tokens=1, window=3, progress=calls.append)
+    tokens = sum(len(r["prompt_ids"]) + len(c) for r in rows for c in r["completion_ids"])
+    assert [(done.questions, done.of_questions) for done in calls] == [(i, 7) for i in range(1, 8)]
+    assert {done.of_tokens for done in calls} == {tokens}
+    assert [done.tokens for done in calls] == sorted(done.tokens for done in calls)
+    assert calls[-1].tokens == tokens
+    assert calls[-1].seconds_left == 0
+    assert calls[2].seconds_left > 0
+    assert calls[2].tokens_per_second == pytest.approx(calls[2].tokens / calls[2].seconds)
+
+
+def score_to(path: Path, model: Any, rows: Any, **kwargs: Any) -> dict[str, dict[str, float]]:
+    settings: dict[str, Any] = {"window": 3, "batch_tokens": 80, **kwargs}
+    return score_file(path, model, None, rows, teachers=TEACHERS, thinking_ids=THINKING, **settings)
+
+
+@pytest.mark.parametrize("kind", ["list", "dataset"])
+def test_a_killed_file_is_taken_up_and_ends_in_the_same_bytes(tmp_path: Path, kind: str) -> None:
+    from datasets import Dataset
+
+    rows: Any = make_rows(11) if kind == "list" else Dataset.from_list(make_rows(11))
+    whole, killed = tmp_path / "whole.parquet", tmp_path / "killed.parquet"
+    summary = score_to(whole, make_student(), rows)
+    assert [p.name for p in tmp_path.iterdir()] == ["whole.parquet"]
+
+    def stop(done: Done) -> None:
+        if done.questions >= 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_to(killed, make_student(), rows, progress=stop)
+    assert not killed.exists()
+    calls: list[Done] = []
+    assert score_to(killed, make_student(), rows, progress=calls.append) == summary
+    assert calls[0].questions > 6  # two windows of three were whole
+    assert 0 < calls[0].resumed_tokens < calls[0].tokens
+    assert killed.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed.parquet", "whole.parquet"]
+
+
+@pytest.mark.parametrize("what", ["student", "rows", "config"])
+def test_parts_of_another_scoring_are_thrown_away(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "scores.parquet"
+
+    def stop(done: Done) -> None:
+        if done.questions >= 8:
+            raise KeyboardInterrupt
+
+    model, rows = make_student(), make_rows(11)
+    with pytest.raises(KeyboardInterrupt):
+        score_to(path, model, rows, progress=stop)
+    kwargs: dict[str, Any] = {}
+    if what == "student":
+        with torch.no_grad():
+            model.lm_head.weight[3, 3] += 0.01
+    elif what == "rows":
+        rows[0]["completion_ids"][0][0] += 1
+    else:
+        kwargs["config"] = CompactConfig(tau=2.0)
+    calls: list[Done] = []
+    score_to(path, model, rows, progress=calls.append, **kwargs)
+    assert calls[0].resumed_tokens == 0
+    assert calls[0].questions < 6
+
+
+def test_scoring_leaves_the_students_attention_as_it_was() -> None:
+    model, eager = make_student(), make_student()
+    eager.set_attn_implementation("eager")
+    for a, b in zip(score(model, make_rows(5)), score(eager, make_rows(5)), strict=True):
+        assert a["nll"] == pytest.approx(b["nll"], rel=1e-5)
+    assert model.config._attn_implementation == "sdpa"
+    assert eager.config._attn_implementation == "eager"
 
 
 def test_a_batch_stays_within_its_tokens() -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compact_fast.cli.arguments import Arguments, Option
-from compact_fast.cli.train import hear, read, say
+from compact_fast.cli.train import read, say
 from compact_fast.cli.verb import CONFIG, Verb
 from compact_fast.flat_yaml import Setting
 from compact_fast.run_config import load
-from compact_fast.tables import duration, indent, number, percent, table
+from compact_fast.tables import ProgressLine, duration, indent, number, percent, table
+
+if TYPE_CHECKING:
+    from compact_fast.scoring import Done
+
+_LINE_EVERY = 30.0  # seconds between lines where there is no terminal
 
 
 def run(arguments: Arguments) -> int:
@@ -28,12 +35,14 @@ def run(arguments: Arguments) -> int:
         raise ValueError(f"--output: {target}: expected a file name that ends in .parquet")
     inputs = read(config, training=False)
     from compact_fast.pipeline.inputs import method_line, on_device
-    from compact_fast.scoring import score_rows, write_scores
+    from compact_fast.scoring import score_file
 
     say(f"Method     {method_line(config)}")
     student = on_device(inputs.student)
     started = time.monotonic()
-    scored = score_rows(
+    line = _ScoreLine()
+    summary = score_file(
+        target,
         student.model,
         student.tokenizer,
         inputs.train.rows,
@@ -42,10 +51,10 @@ def run(arguments: Arguments) -> int:
         config=config.method,
         backend=config.training.backend,
         share_prompts=config.training.share_prompts,
-        progress=hear("scoring questions"),
+        progress=line,
+        info={"student": str(config.run.student), "data": str(config.run.data)},
     )
-    info = {"student": str(config.run.student), "data": str(config.run.data)}
-    summary = write_scores(target, scored, info=info)
+    line.close()
     spent = time.monotonic() - started
     rows = [
         [
@@ -61,10 +70,31 @@ def run(arguments: Arguments) -> int:
         for name, one in summary.items()
     ]
     headers = ["teacher", "rationales", "weight", "MI", "consensus", "NLL", "filtered", "right"]
-    speed = inputs.train.report["tokens"] / max(spent, 1e-9)
     say("\n" + indent(table(headers, rows)))
-    say(f"\nWrote {target}: {duration(spent)}, {speed:,.0f} tokens/s")
+    speed = f", {line.speed:,.0f} tokens/s" if line.speed else ""
+    say(f"\nWrote {target}: {duration(spent)}{speed}")
     return 0
+
+
+class _ScoreLine(ProgressLine):
+    """Questions done, tokens a second and time left; now and then a line without a terminal."""
+
+    def __init__(self) -> None:
+        super().__init__("scoring")
+        self.speed = 0.0
+        self._told = time.monotonic()
+
+    def __call__(self, done: Done) -> None:  # type: ignore[override]
+        self.speed = done.tokens_per_second
+        text = (
+            f"scoring: {done.questions:,} of {done.of_questions:,} questions, "
+            f"{done.tokens_per_second:,.0f} tokens/s, {duration(done.seconds_left)} left"
+        )
+        if self.due():
+            self.write(text)
+        elif not self.live and time.monotonic() - self._told > _LINE_EVERY:
+            self._told = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
 
 
 VERB = Verb(
@@ -73,7 +103,8 @@ VERB = Verb(
     details=(
         "DATA is a file, a dataset id, or arithmetic. The parquet file has one row a rationale: "
         "id, teacher, mi, consensus, nll (nats a token), weight, filtered, nonfinite, correct, "
-        "tokens. Weights are those of the first training step."
+        "tokens. Weights are those of the first training step. Killed, the same command goes on "
+        "where it was and ends in the same file."
     ),
     run=run,
     names=("DATA",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,7 +38,12 @@ from compact_fast.trainer.packing import (
     pack_shared,
     shared_mask,
 )
-from compact_fast.trainer.segments import NO_MASK, attend_by_segments, attends_by_segments
+from compact_fast.trainer.segments import (
+    NO_MASK,
+    attend_by_segments,
+    attending_by_segments,
+    attends_by_segments,
+)
 
 _COMPILED_MULTIPLE = 128  # few shapes, so that a compiled body is compiled few times
 
@@ -67,10 +72,12 @@ class Collator:
         share_prompts: bool = True,
         device: torch.device | None = None,
         compiled: bool = False,
+        lasting: bool = True,
     ) -> Collator:
         """The collator that a student and a configuration need, on the device it will run on.
 
-        Where it packs segments, the student's attention heeds them from now on.
+        Where it packs segments, the student's attention heeds them from now on; unless `lasting`
+        is false and the caller sees to that, with `heeding`.
         """
         where = device or next(model.parameters()).device
         packing = choose_packing(
@@ -79,7 +86,7 @@ class Collator:
             keep_padding=config.mode == "reference",
             masked=mask_wanted(where, compiled),
         )
-        if packing.kind == "segments":
+        if packing.kind == "segments" and lasting:
             attend_by_segments(model)
         return cls(
             tuple(thinking_ids),
@@ -125,6 +132,11 @@ def pad_token(tokenizer: Any, model: Any) -> int:
         if value is not None and 0 <= value < config.vocab_size:
             return int(value)
     return 0
+
+
+def heeding(model: Any, packing: Packing) -> AbstractContextManager[None]:
+    """Inside, the model's attention heeds what this packing makes."""
+    return attending_by_segments(model) if packing.kind == "segments" else nullcontext()
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
