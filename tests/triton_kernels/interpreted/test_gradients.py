@@ -108,3 +108,24 @@ def test_equal_teachers_agree_exactly():
     value = consistency(row, torch.full((4,), 0.25), ones, grad, teachers=4, pair_floor=1e-4)
     assert value.tolist() == [0.0]
     assert grad.abs().max() < 1e-8
+
+
+def test_addresses_beyond_two_to_the_31():
+    """One row every 2^27 elements: the last of 20 rows begins at 2.5e9."""
+    g = torch.Generator().manual_seed(0)
+    z, alpha = torch.randn(20, 70, generator=g), torch.full((20,), 0.25)
+    lengths = torch.ones(20, dtype=torch.long)
+    far, far_grad = (torch.empty(20 * 2**27).view(20, 2**27)[:, :70] for _ in range(2))
+    far.copy_(z)
+    grad = torch.empty_like(z)
+    results = [
+        consistency(logits, alpha, lengths, out, teachers=4, pair_floor=0.0)
+        for logits, out in ((z, grad), (far, far_grad))
+    ]
+    assert torch.equal(*results)
+    assert torch.equal(grad, far_grad)
+    factor = torch.rand(20, generator=g)
+    near = scale_rows(z, factor, torch.empty_like(z))
+    assert torch.equal(scale_rows(far, factor, far_grad), near)
+    clear_rows(far, torch.zeros(20), torch.full((20,), torch.nan))
+    assert not far.any()
