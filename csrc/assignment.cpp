@@ -250,6 +250,15 @@ std::int64_t Assignment::loss(std::int64_t i, std::int64_t j) const {
   return (is_narrow_ ? reduced(narrow_) : reduced(wide_)) / kVectorColumns;
 }
 
+std::int64_t Assignment::loss_of_none(std::int64_t i) const {
+  const auto price = [&](const auto& prices) -> std::int64_t {
+    if (flipped_) return -std::int64_t{prices.v[i]};
+    const std::int32_t taken = column_of_[i];
+    return -std::int64_t{prices.cost[i * stride_ + taken] - prices.v[taken]};
+  };
+  return std::max<std::int64_t>(0, (is_narrow_ ? price(narrow_) : price(wide_)) / kVectorColumns);
+}
+
 std::int64_t Assignment::solve(const std::int32_t* weight, std::int64_t rows, std::int64_t columns,
                                std::int32_t* assigned) {
   if (assigned) std::fill(assigned, assigned + rows, -1);

@@ -19,8 +19,9 @@ class Assignment {
   std::int64_t solve(const std::int32_t* weight, std::int64_t rows, std::int64_t columns,
                      std::int32_t* assigned = nullptr);
 
-  // After solve(): by how much, at least, the value falls if row i takes column j.
+  // After solve(): by how much, at least, the value falls if row i takes column j, or none.
   std::int64_t loss(std::int64_t i, std::int64_t j) const;
+  std::int64_t loss_of_none(std::int64_t i) const;
 
  private:
   template <class T>

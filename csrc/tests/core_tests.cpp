@@ -239,7 +239,7 @@ void test_parallel() {
 int main(int argc, char** argv) {
   // core_tests [QUESTIONS [GRAPHS]]: random questions scored, random graphs checked by brute force
   const int questions = argc > 1 ? std::atoi(argv[1]) : 4000;
-  const int graphs = argc > 2 ? std::atoi(argv[2]) : 2000;
+  const int graphs = argc > 2 ? std::atoi(argv[2]) : 4000;
   test_numbers();
   test_parse();
   test_assignment(graphs);
