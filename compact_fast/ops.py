@@ -141,7 +141,11 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     """In place, except while torch traces with tensor subclasses and has to see no mutation."""
-    return gradient.mul_(upstream) if type(gradient) is Tensor else gradient * upstream
+    if type(gradient) is not Tensor:
+        return gradient * upstream
+    if upstream.device.type == "cpu" and upstream.item() == 1:
+        return gradient  # the usual case; a pass over the head's gradient for nothing
+    return gradient.mul_(upstream)
 
 
 def _hand_over(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -8,8 +8,9 @@ For the aligned tokens r of teachers i, j with log-probabilities a_i = log p_i:
 so with coefficients c_ij, all pairs of a question come from three products with the K x K matrix.
 
 Answer spans are a few rows of the pass over the logits: `AnswerRows` keeps those logits as they
-are made. consistency="all" compares whole sequences: `add_consistency` makes their logits again,
-some aligned tokens at a time.
+are made and turns them into the rows' gradients, of the likelihood and of this term together.
+consistency="all" compares whole sequences: `add_consistency` makes their logits again, some
+aligned tokens at a time.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from compact_fast.backends.head import Head
 from compact_fast.config import CompactConfig
 from compact_fast.layout import TokenLayout
 from compact_fast.reference import consistency_spans
+
+STEP_BYTES = 4 << 20  # logits compared at a time
 
 # (rows [n], hidden of the rows [n, D], gradient of their logits [n, V], scale [n])
 AddGradient = Callable[[Head, Tensor, Tensor, Tensor, Tensor], None]
@@ -49,9 +52,10 @@ class Spans:
         sequences = range(self.teachers[q], self.teachers[q + 1])
         return [s for s in sequences if self.lengths[s] > 0 and alpha[s] > 0]
 
-    def positions(self, q: int) -> list[int]:
-        """Packed positions of question q's stretches, as far as any two are aligned."""
-        sequences = range(self.teachers[q], self.teachers[q + 1])
+    def positions(self, q: int, live: Sequence[bool]) -> list[int]:
+        """Packed positions of the stretches of question q's live sequences, as far as any two are
+        aligned."""
+        sequences = [s for s in range(self.teachers[q], self.teachers[q + 1]) if live[s]]
         longest = sorted(self.lengths[s] for s in sequences)[-2:]
         n = longest[0] if len(longest) == 2 else 0
         return [
@@ -63,47 +67,86 @@ class Spans:
 
 @dataclass
 class AnswerRows:
-    """Logits of some questions' answer spans."""
+    """Logits of some questions' answer spans, which become their gradients.
+
+    `live` sequences may get a weight; the others' rows are not here.
+    """
 
     spans: Spans
-    rows: Tensor  # [A]; rising packed positions
+    live: Sequence[bool]  # [S]
+    at: Tensor  # [A]; rising packed positions
     logits: Tensor  # [A, V]
 
     @classmethod
     def of(
-        cls, spans: Spans | None, questions: range, rows: Tensor, head: Head, limit: int
+        cls,
+        spans: Spans | None,
+        questions: Sequence[int],
+        live: Sequence[bool],
+        rows: Tensor,
+        head: Head,
+        limit: int,
     ) -> AnswerRows | None:
         """None where there is nothing to compare, or more than `limit` bytes of it, or a span
         that lies outside of `rows`, the rising positions with a label."""
         if spans is None:
             return None
-        wanted = [p for q in questions for p in spans.positions(q)]
+        wanted = [p for q in questions for p in spans.positions(q, live)]
         if not wanted or len(wanted) * head.row_bytes > limit:
             return None
         at = torch.tensor(sorted(wanted), device=rows.device)
         if not bool(torch.isin(at, rows).all()):
             return None
-        return cls(spans, at, head.weight.new_empty((at.numel(), head.vocab), dtype=head.dtype))
+        logits = head.weight.new_empty((at.numel(), head.vocab), dtype=head.dtype)
+        return cls(spans, live, at, logits)
 
-    def keep(self, rows: Tensor, logits: Tensor) -> None:
-        """Copy what belongs here out of a chunk with these rising positions."""
-        if rows.numel():
-            ends = torch.stack([rows[0], rows[-1] + 1])
-            low, high = torch.searchsorted(self.rows, ends).tolist()
-            at = torch.searchsorted(rows, self.rows[low:high])
-            self.logits[low:high] = logits[at]
+    def compare(
+        self,
+        questions: Sequence[int],
+        alpha: Sequence[float],
+        config: CompactConfig,
+        out: Tensor,  # [Q]
+        scale: Tensor | None,  # [A]
+        targets: Tensor,  # [A]
+        pull: float,
+    ) -> list[int]:
+        """Write these questions' values to `out`; turn logits into gradients.
 
-    def pull(
-        self, q: int, alpha: Sequence[float], floor: float
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(value, positions [n], gradient of their logits [n, V]) of question q's term."""
-        found = _aligned(self.spans, q, alpha, floor, self.logits)
-        if found is None:
-            return None
-        at, inside, coefficients = found
-        logits = self.logits[torch.searchsorted(self.rows, at)]  # [R, K, V]
-        value, gradient = _block(logits, coefficients)
-        return value, at[inside], gradient[inside]
+        With `scale`, a row's logits become scale x (softmax - onehot(target)) + pull x the
+        gradient of its question's value. Returns the questions that were left out because a
+        teacher that was not live has a weight after all.
+        """
+        done = torch.zeros_like(self.at, dtype=torch.bool)
+        left_over = []
+        for q in questions:
+            if not all(self.live[s] for s in self.spans.members(q, alpha)):
+                left_over.append(q)
+                continue
+            found = _aligned(self.spans, q, alpha, config.pair_floor, self.logits)
+            if found is None:
+                continue
+            at, inside, pairs = found
+            places = torch.searchsorted(self.at, at)
+            step = max(1, STEP_BYTES // (at.shape[1] * self._row_bytes))
+            for r in range(0, at.shape[0], step):
+                block = slice(r, r + step)
+                value, p, gradient = _block(self.logits[places[block]], pairs[block])
+                out[q] += value
+                if scale is not None:
+                    p.mul_(scale[places[block]][:, :, None]).add_(gradient, alpha=pull)
+                    there = inside[block]
+                    self.logits[places[block][there]] = p[there]
+            done[places[inside]] = True
+        if scale is not None:
+            step = max(1, STEP_BYTES // self._row_bytes)
+            for rows in torch.split((~done).nonzero().squeeze(1), step):
+                self.logits[rows] = self.logits[rows].softmax(-1).mul_(scale[rows][:, None])
+            self.logits.scatter_add_(1, targets[:, None], -scale[:, None])
+        return left_over
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.logits.shape[1] * self.logits.itemsize
 
 
 def add_consistency(
@@ -113,10 +156,11 @@ def add_consistency(
     alpha: Sequence[float],
     config: CompactConfig,
     questions: Sequence[int],
-    add_gradient: AddGradient,
+    add_gradient: AddGradient | None,
+    pull: float,
     out: Tensor,  # [Q]
 ) -> None:
-    """Write sum_{i<j} alpha_i alpha_j D_ij of these questions to `out`, add lambda times its
+    """Write sum_{i<j} alpha_i alpha_j D_ij of these questions to `out`, add `pull` times its
     gradient; logits are made for it."""
     for q in questions:
         found = _aligned(spans, q, alpha, config.pair_floor, out)
@@ -128,10 +172,12 @@ def add_consistency(
             block = slice(r, r + step)
             at, inside = aligned[block], within[block]
             logits = head.logits(hidden[at.reshape(-1)]).view(*at.shape, head.vocab)
-            value, gradient = _block(logits, pairs[block])
+            value, _, gradient = _block(logits, pairs[block])
             out[q] += value
+            if add_gradient is None:
+                continue
             rows = at[inside]
-            scale = gradient.new_full(rows.shape, config.consistency_weight)
+            scale = gradient.new_full(rows.shape, pull)
             add_gradient(head, rows, hidden[rows], gradient[inside], scale)
 
 
@@ -166,16 +212,19 @@ def _pair_coefficients(alpha: Tensor, lengths: Tensor, floor: float) -> Tensor:
     return product / aligned.clamp(min=1)
 
 
-def _block(logits: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [R, K, V], symmetric c [R, K, K] -> (sum_{i<j} c_ij D_ij, its gradient [R, K, V])."""
+def _block(logits: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [R, K, V], symmetric c [R, K, K] -> (sum_{i<j} c_ij D_ij, softmax, the sum's
+    gradient [R, K, V])."""
     a = logits.log_softmax(-1)
     p = a.exp()
     # only differences of a matter: without their mean, products stay of the differences' size
-    a = a - a.mean(1, keepdim=True)
+    a -= a.mean(1, keepdim=True)
     cross = p @ a.transpose(1, 2)  # [R, K, K]: <p_i, a_j>
     own = cross.diagonal(dim1=1, dim2=2)
     kl = own[:, :, None] - cross  # KL(p_i || p_j)
     value = (c * kl).sum()  # every unordered pair twice, once for each direction
     total = c.sum(-1, keepdim=True)  # [R, K, 1]
-    bracket = total * a - c @ a - (c * kl).sum(-1, keepdim=True) + total
-    return value, p * bracket - c @ p
+    # total x a - c a is one product with total - c
+    bracket = (torch.diag_embed(total.squeeze(-1)) - c) @ a
+    bracket += total - (c * kl).sum(-1, keepdim=True)
+    return value, p, bracket.mul_(p).sub_(c @ p)

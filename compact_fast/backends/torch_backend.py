@@ -1,27 +1,37 @@
 """The `torch` backend: log-likelihoods, scores, weights, loss and gradients in one pass over the
-logits, chunk by chunk. Runs wherever torch does; the default on a CPU.
+logits. Runs wherever torch does; the default on a CPU.
 
-Gradients are made in the forward pass, while a chunk's logits are at hand:
+Gradients are made in the forward pass, while logits are at hand:
 
     d NLL_t / d h_t = softmax_t W - W[y_t]         [n, D]
     d NLL_t / d W   = (softmax_t - onehot) (x) h_t
 
-and alpha / |A| multiplies the [n, D] side of both. Alpha needs whole questions, so chunks hold
-whole questions, and rows that get weight 0 are never multiplied back. A question larger than a
-chunk: with a frozen head its rows are made unscaled and scaled afterwards; with a trained head it
-is held if it fits `hold_bytes`, else passed over twice, first for its scores.
+and alpha / |A| multiplies the [n, D] side of both. Alpha needs whole questions, so rows go through
+in groups of whole questions, and logits come a block of the vocabulary at a time:
+
+- a frozen head needs alpha at the very end: a block's logits are multiplied back at once and
+  dropped, whatever the size of the group;
+- a trained head needs it before the second product: a group's exponentials are held. A question
+  that does not fit `hold_bytes` is passed over twice, first for its scores;
+- with `skip_below` only the large exponentials are held, for either head.
+
+Rows that get weight 0 whatever the student says (filtered, fixed) are never multiplied back.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from compact_fast.backends.consistency import AnswerRows, Spans, add_consistency
-from compact_fast.backends.head import Head, Statistics, subtract_targets
+from compact_fast.backends.gradients import GradientSums
+from compact_fast.backends.head import LEAST_ROWS, Head
+from compact_fast.backends.online import Softmax, Statistics
 from compact_fast.backends.protocol import ABI, Gradients, LossResult, Needs, RunSpec
+from compact_fast.backends.row_pass import RowPass, runs
+from compact_fast.backends.sparse_rows import Left, SparseRows
 from compact_fast.config import CompactConfig
 from compact_fast.layout import TokenLayout
 from compact_fast.reference import mean_gold
@@ -34,18 +44,21 @@ from compact_fast.scores import (
     teacher_weights,
 )
 
-CHUNK_BYTES = 48 << 20  # logits held at once; 256 rows of a 49,152-word vocabulary in float32
+CHUNK_BYTES = 48 << 20  # exponentials held at once; 256 rows of a 49,152-word vocabulary in float32
 HOLD_BYTES = 160 << 20  # the same for one question that does not fit a chunk
+ANSWER_BYTES = 24 << 20  # logits of answer spans, kept until their questions' weights are known
+STREAM_BYTES = 16 << 20  # logits of one block of the vocabulary: 1,024 rows, to stay in cache
 
 
 @dataclass(frozen=True)
 class TorchBackend:
-    """Chunked, in plain torch, on any device."""
+    """Blocked, in plain torch, on any device."""
 
     chunk_bytes: int = CHUNK_BYTES
     hold_bytes: int = HOLD_BYTES
     name: str = "torch"
     abi: int = ABI
+    skips_blocks: bool = True
 
     def can_run(self, spec: RunSpec) -> bool | str:
         """Always: it is the backend that others fall back to."""
@@ -65,8 +78,11 @@ class TorchBackend:
         statistics: bool,
     ) -> LossResult:
         """See CompactBackend."""
-        work = _Pass(self, layout, consensus, attention, config, normalizer, statistics)
-        return work.run(hidden, weight, bias, needs)
+        head = Head(weight, bias, self.chunk_bytes)
+        grads = GradientSums.zeros(hidden, weight, bias, needs, head.dtype)
+        rows = RowPass(head, hidden, layout.targets, self._stream_rows(head), statistics)
+        work = _Pass(self, layout, consensus, attention, config, normalizer, rows, grads)
+        return work.run(bias)
 
     def token_logp(
         self,
@@ -78,9 +94,10 @@ class TorchBackend:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See CompactBackend."""
         head = Head(weight, bias, self.chunk_bytes)
-        stats = Statistics.empty(targets.numel(), head.dtype, targets.device, statistics)
-        for rows in torch.split((targets >= 0).nonzero().squeeze(1), head.max_rows):
-            stats.measure(head.logits(hidden[rows]), rows, targets[rows])
+        work = RowPass(head, hidden, targets, self._stream_rows(head), statistics)
+        for rows in torch.split((targets >= 0).nonzero().squeeze(1), work.most):
+            work.measure(rows)
+        stats = work.stats
         return stats.logp, stats.entropy, stats.correct
 
     def token_logp_gradients(
@@ -94,83 +111,31 @@ class TorchBackend:
     ) -> Gradients:
         """See CompactBackend; logits are made again."""
         head = Head(weight, bias, self.chunk_bytes)
-        grads = _GradientSums.zeros(hidden, weight, bias, needs, head.dtype)
-        stats = Statistics.empty(targets.numel(), head.dtype, targets.device, full=False)
+        grads = GradientSums.zeros(hidden, weight, bias, needs, head.dtype)
+        work = RowPass(head, hidden, targets, self._stream_rows(head), statistics=False)
         wanted = (targets >= 0) & (grad_logp != 0)
-        for rows in torch.split(wanted.nonzero().squeeze(1), head.max_rows):
-            x, y = hidden[rows], targets[rows]
-            exps = head.logits(x)
-            totals = stats.measure(exps, rows, y)
-            subtract_targets(exps, totals, y)
-            grads.add(head, rows, x, exps, -grad_logp[rows] / totals)
+        work.add_again(grads, wanted.nonzero().squeeze(1), -grad_logp)
         return grads.finish(1.0, hidden, weight, bias)
 
-
-@dataclass
-class _GradientSums:
-    """Gradients of the sum over questions, in the statistics' dtype. None: not needed."""
-
-    hidden: Tensor | None  # [T, D]
-    weight: Tensor | None  # [V, D]
-    bias: Tensor | None  # [V]
-
-    @classmethod
-    def zeros(
-        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs, dtype: torch.dtype
-    ) -> _GradientSums:
-        return cls(
-            torch.zeros_like(hidden, dtype=dtype) if needs.hidden else None,
-            torch.zeros_like(weight, dtype=dtype) if needs.weight else None,
-            torch.zeros_like(bias, dtype=dtype) if needs.bias and bias is not None else None,
-        )
-
-    @property
-    def head(self) -> bool:
-        return self.weight is not None or self.bias is not None
-
-    def add(self, head: Head, at: Tensor, x: Tensor, g: Tensor, scale: Tensor) -> None:
-        """Rows `at` [n], with hidden x [n, D] and logit gradients g [n, V] times scale [n]."""
-        if self.hidden is not None:
-            self.hidden.index_add_(0, at, head.back_to_rows(g) * scale[:, None])
-        if self.weight is not None:
-            self.weight.addmm_(g.T, x.to(head.dtype) * scale[:, None])
-        if self.bias is not None:
-            self.bias.addmv_(g.T, scale)
-
-    def finish(
-        self, normalizer: float, hidden: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> Gradients:
-        """Divided by the normalizer, in the dtype of what they belong to."""
-        sums, owners = (self.hidden, self.weight, self.bias), (hidden, weight, bias)
-        return Gradients(
-            *(
-                None if g is None or owner is None else g.div_(normalizer).to(owner.dtype)
-                for g, owner in zip(sums, owners, strict=True)
-            )
-        )
+    def _stream_rows(self, head: Head) -> int:
+        block = head.widest * head.dtype.itemsize
+        return max(LEAST_ROWS, min(STREAM_BYTES, self.chunk_bytes) // block)
 
 
 @dataclass(frozen=True)
 class _Group:
     """Consecutive whole questions."""
 
-    questions: slice
+    questions: range
     sequences: slice
-    rows: Tensor  # packed positions that need logits
+    rows: Tensor  # packed positions that need logits: plain ones, answers, then statistics alone
+    plain: int
+    answers: AnswerRows | None
 
-
-@dataclass
-class _Work:
-    """What the groups of one evaluation share."""
-
-    head: Head
-    hidden: Tensor  # [T, D]
-    stats: Statistics
-    gold_logit: Tensor | None  # [T]
-    grads: _GradientSums
-    spans: Spans | None
-    divergence: Tensor  # [Q]; consistency of each question
-    left_over: list[int] = field(default_factory=list)  # questions whose consistency comes last
+    @property
+    def answer_slice(self) -> slice:
+        """Where among `rows` the answers are."""
+        return slice(self.plain, self.plain + (0 if self.answers is None else len(self.answers.at)))
 
 
 @dataclass
@@ -183,179 +148,257 @@ class _Pass:
     attention: Tensor | None
     config: CompactConfig
     normalizer: float | None
-    want_statistics: bool
+    work: RowPass
+    grads: GradientSums
 
-    def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> LossResult:
-        layout, config = self.layout, self.config
-        head = Head(weight, bias, self.backend.chunk_bytes)
-        grads = _GradientSums.zeros(hidden, weight, bias, needs, head.dtype)
-        stats = Statistics.empty(layout.num_tokens, head.dtype, layout.device, self.want_statistics)
-        gold_logit = self._gold_logit(hidden, weight, head.dtype)
-        spans = Spans.of(layout, config)
-        divergence = torch.zeros(layout.num_questions, dtype=head.dtype, device=layout.device)
-        work = _Work(head, hidden, stats, gold_logit, grads, spans, divergence)
-        scored = [self._run_group(group, work) for group in self._groups(head)]
+    def run(self, bias: Tensor | None) -> LossResult:
+        layout, config, head, grads = self.layout, self.config, self.work.head, self.grads
+        stats, hidden = self.work.stats, self.work.hidden
+        # what gradients are divided by while they are made; corrected if questions turn out empty
+        self.assumed = float(self.normalizer or layout.num_questions)
+        self.gold_logit = self._gold_logit(hidden, head.weight, head.dtype)
+        self.spans = Spans.of(layout, config)
+        self.divergence = torch.zeros(layout.num_questions, dtype=head.dtype, device=layout.device)
+        self.left_over: list[int] = []  # questions whose consistency comes last
+        self.live = ~self._weightless()
+        skips = config.skip_below > 0 and grads.any
+        self.left = Left.nothing(config.skip_below, head, grads) if skips else None
+
+        scored = [self._run_group(group) for group in self._groups()]
         mi = torch.cat([part[0] for part in scored])
         nll = torch.cat([part[1] for part in scored])
         shares = _join([part[2] for part in scored])
         alpha = shares.weights
-        if spans is not None and work.left_over:
-            left_over = work.left_over
+        pull = config.consistency_weight / self.assumed
+        if self.spans is not None and self.left_over:
+            add = grads.add if grads.any else None
             add_consistency(
-                head, hidden, spans, alpha.tolist(), config, left_over, grads.add, divergence
-            )
+                head, hidden, self.spans, alpha.tolist(), config, self.left_over, add, pull,
+                self.divergence,
+            )  # fmt: skip
         normalizer = self.normalizer
         if normalizer is None:
             normalizer = max(1, int((~shares.skipped).sum()))
+        correction = normalizer / self.assumed
         sft = torch.where(alpha > 0, alpha * nll, 0.0).double().sum() / normalizer
-        pull = config.consistency_weight * divergence.double().sum() / normalizer
+        drawn = config.consistency_weight * self.divergence.double().sum() / normalizer
+        kept_share = gradient_error = None
+        if config.skip_below > 0:
+            kept_share, gradient_error = nll.new_ones(()), nll.new_zeros(3)
+        if self.left is not None:
+            kept_share, gradient_error = self.left.report()
+            gradient_error = gradient_error / correction
         return LossResult(
-            loss=(sft + pull).to(nll.dtype),
+            loss=(sft + drawn).to(nll.dtype),
             loss_sft=sft.to(nll.dtype, copy=True),
-            loss_consistency=pull.to(nll.dtype, copy=True),
-            gradients=grads.finish(normalizer, hidden, weight, bias),
+            loss_consistency=drawn.to(nll.dtype, copy=True),
+            gradients=grads.finish(correction, hidden, head.weight, bias),
             weights=alpha,
             nll=nll,
             mi=mi,
             consensus=shares.consensus,
             score=shares.score,
             token_logp=stats.logp,
-            consistency=divergence,
+            consistency=self.divergence,
             filtered=shares.filtered,
             nonfinite=shares.nonfinite,
             skipped=shares.skipped,
             token_entropy=stats.entropy,
             token_correct=stats.correct,
+            kept_share=kept_share,
+            gradient_error=gradient_error,
         )
 
-    def _run_group(self, group: _Group, work: _Work) -> tuple[Tensor, Tensor, TeacherWeights]:
+    def _run_group(self, group: _Group) -> tuple[Tensor, Tensor, TeacherWeights]:
         """Scores of a group's sequences; its share of statistics and gradients is added."""
-        head, hidden, grads = work.head, work.hidden, work.grads
-        n, needs_gradient = group.rows.numel(), grads.hidden is not None or grads.head
-        questions = range(group.questions.start, group.questions.stop)
-        labelled = group.rows[self.layout.labelled[group.rows]]
-        answers = AnswerRows.of(
-            work.spans, questions, labelled, head, self.backend.chunk_bytes // 4
-        )
-        if answers is None:
-            work.left_over.extend(questions)
-        hold = n <= head.max_rows or (
-            needs_gradient and grads.head and n * head.row_bytes <= self.backend.hold_bytes
-        )
-        unscaled = needs_gradient and not hold and not grads.head
-        exps = totals = hidden.new_empty(0)
-        for rows in torch.split(group.rows, n if hold and n else head.max_rows):
-            exps, totals = self._measure(rows, work, answers)
-            if unscaled:
-                assert grads.hidden is not None
-                subtract_targets(exps, totals, self.layout.targets[rows])
-                grads.hidden[rows] = head.back_to_rows(exps) / totals[:, None]
-        scores = self._score(group, work.stats, work.gold_logit)
-        pulls = self._pull(answers, questions, scores[2], group, work.divergence)
-        if not needs_gradient:
-            return scores
-        scale = self._row_scale(group.rows, group, scores[2])
-        if hold:
-            self._add(group.rows, exps, totals, scale, work, pulls)
-            return scores
-        if unscaled:
-            assert grads.hidden is not None
-            scaled = grads.hidden[group.rows] * scale[:, None]
-            grads.hidden[group.rows] = torch.where(scale[:, None] > 0, scaled, 0.0)
-        else:  # a trained head and too many rows to hold: make the logits again
-            kept = scale > 0
-            rows_scale = zip(
-                torch.split(group.rows[kept], head.max_rows),
-                torch.split(scale[kept], head.max_rows),
-                strict=True,
+        work, grads, answers = self.work, self.grads, group.answers
+        rows, n = group.rows, group.rows.numel()
+        held = sparse = None
+        if self.left is not None:
+            sparse = self._measure_sparse(group)
+        elif grads.head and n and n <= self._most_held:
+            held = work.room_to_hold(n)
+            logits = None if answers is None else answers.logits
+            soft = work.measure(rows, held=held, kept=logits, at=group.plain)
+        else:
+            self._measure_streamed(group, back=not grads.head)
+        scores = self._score(group, work.stats, self.gold_logit)
+        alpha = scores[2].weights
+        scale = self._row_scale(rows, group, scores[2])
+        found = group.answer_slice
+        if answers is not None:
+            self.left_over += answers.compare(
+                group.questions,
+                [0.0] * group.sequences.start + alpha.tolist(),
+                self.config,
+                self.divergence,
+                scale[found] if grads.any else None,
+                self.layout.targets[answers.at],
+                self.config.consistency_weight / self.assumed,
             )
-            for rows, part in rows_scale:
-                exps, totals = self._measure(rows, work, None)
-                self._add(rows, exps, totals, part, work, [])
-        for at, gradient in pulls:
-            factor = gradient.new_full(at.shape, self.config.consistency_weight)
-            grads.add(head, at, hidden[at], gradient, factor)
+        if not grads.any:
+            return scores
+        if held is not None:
+            if answers is not None:
+                held.replace(found.start, answers.logits)
+            work.add_held(grads, rows, held, soft, scale, found)
+            return scores
+        if sparse is not None:
+            for part, (first, found_soft) in sparse:
+                end = first + part.at.numel()
+                part.add_to(grads, found_soft, scale[first:end], alpha / self.assumed)
+        elif not grads.head:
+            self._scale_streamed(rows[: group.plain], scale[: group.plain])
+        else:
+            self._again(rows[: group.plain], scale[: group.plain])
+        self._add_answers(answers, scale[found])
+        self._again(rows[found.stop :], scale[found.stop :])
         return scores
 
-    def _measure(
-        self, rows: Tensor, work: _Work, answers: AnswerRows | None
-    ) -> tuple[Tensor, Tensor]:
-        """exp(logits - max) of some rows, in the head's buffer, and their sums."""
-        logits = work.head.logits(work.hidden[rows])
-        if answers is not None:
-            answers.keep(rows, logits)
-        return logits, work.stats.measure(logits, rows, self.layout.targets[rows])
+    # ---- rows --------------------------------------------------------------------------------
 
-    def _pull(
-        self,
-        answers: AnswerRows | None,
-        questions: range,
-        shares: TeacherWeights,
-        group: _Group,
-        divergence: Tensor,
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Consistency of the group: its values into `divergence`; (rows, logit gradients)."""
+    def _measure_streamed(self, group: _Group, back: bool) -> None:
+        """Statistics, kept answers, and unscaled gradients of plain rows if `back`."""
+        work, found = self.work, group.answer_slice
+        for first in range(0, group.rows.numel(), work.most):
+            end = min(first + work.most, group.rows.numel())
+            kept, at = None, max(found.start, first) - first
+            if group.answers is not None and found.start < end and found.stop > first:
+                part = slice(max(found.start, first) - found.start, end - found.start)
+                kept = group.answers.logits[part]
+            work.measure(
+                group.rows[first:end],
+                back=max(0, min(end, group.plain) - first) if back else 0,
+                out=self.grads.hidden,
+                kept=kept,
+                at=at,
+            )
+
+    def _measure_sparse(self, group: _Group) -> list[tuple[SparseRows, tuple[int, Softmax]]]:
+        """The same, with the large exponentials of plain rows, some rows at a time."""
+        layout, work, s = self.layout, self.work, group.sequences
+        assert self.left is not None
+        parts = []
+        for first in range(0, group.plain, work.head.max_rows):
+            at = group.rows[first : min(first + work.head.max_rows, group.plain)]
+            sequence = layout.token_sequence[at]
+            member = torch.zeros(len(at), s.stop - s.start, dtype=work.head.dtype, device=at.device)
+            share = layout.label_counts[sequence].to(member.dtype).reciprocal()
+            member.scatter_(1, (sequence - s.start)[:, None], share[:, None])
+            sparse = SparseRows(self.left, work.head, at, work.take(at), layout.targets[at], member)
+            parts.append((sparse, (first, work.measure(at, sparse=sparse))))
+        rest = group.rows[group.plain :]
+        self._measure_streamed(replace(group, rows=rest, plain=0), back=False)
+        return parts
+
+    def _scale_streamed(self, rows: Tensor, scale: Tensor) -> None:
+        out = self.grads.hidden
+        assert out is not None
+        # torch.where: a NaN row of weight 0 has no gradient
+        out[rows] = torch.where(scale[:, None] > 0, out[rows] * scale[:, None], 0.0)
+
+    def _again(self, rows: Tensor, scale: Tensor) -> None:
+        """Gradients of rows that were not kept: two passes, or a weight where none was likely."""
+        at = rows[scale > 0]
+        if at.numel():
+            whole = scale.new_zeros(self.layout.num_tokens)
+            whole[rows] = scale
+            self.work.add_again(self.grads, at, whole)
+
+    def _add_answers(self, answers: AnswerRows | None, scale: Tensor) -> None:
+        """Answer rows, whose logits have become their gradients."""
         if answers is None:
-            return []
-        alpha = [0.0] * group.sequences.start + shares.weights.tolist()
-        pulls = []
-        for q in questions:
-            found = answers.pull(q, alpha, self.config.pair_floor)
-            if found is not None:
-                divergence[q] = found[0]
-                pulls.append(found[1:])
-        return pulls
-
-    def _add(
-        self,
-        rows: Tensor,
-        exps: Tensor,
-        totals: Tensor,
-        scale: Tensor,
-        work: _Work,
-        pulls: list[tuple[Tensor, Tensor]],
-    ) -> None:
-        """Add the gradients of rows whose exps and totals are at hand; weight 0 is left out.
-
-        The pull on answer rows joins their logit gradients before the products, so it costs none.
-        """
-        subtract_targets(exps, totals, self.layout.targets[rows])
-        factor = scale / totals
-        for at, gradient in pulls:
-            where = torch.searchsorted(rows, at)
-            joined = gradient * (self.config.consistency_weight / factor[where])[:, None]
-            exps.index_add_(0, where, joined)
-        for a, b in _runs(scale > 0):
-            at = rows[a:b]
-            work.grads.add(work.head, at, work.hidden[at], exps[a:b], factor[a:b])
+            return
+        head, grads = self.work.head, self.grads
+        for a, b in runs(scale > 0):
+            at, g = answers.at[a:b], answers.logits[a:b]
+            x = self.work.take(at)
+            if self.left is not None:
+                self.left.add_finished(grads, head, at, x, g, scale[a:b])
+            else:
+                grads.add(head, at, x, g, torch.ones_like(scale[a:b]))
 
     def _row_scale(self, rows: Tensor, group: _Group, shares: TeacherWeights) -> Tensor:
-        """alpha / |A| of each row's sequence; 0 where the row has no label."""
+        """alpha / |A| / normalizer of each row's sequence; 0 where the row has no label."""
         layout = self.layout
         sequence = layout.token_sequence[rows]
-        alpha = shares.weights[sequence - group.sequences.start]
+        alpha = shares.weights[sequence - group.sequences.start] / self.assumed
         scale = alpha / layout.label_counts[sequence].clamp(min=1).to(alpha.dtype)
         return torch.where(layout.labelled[rows], scale, 0.0)
 
-    def _groups(self, head: Head) -> list[_Group]:
-        """Whole questions, as many as fit a chunk; a question that does not fit stands alone."""
+    # ---- groups ------------------------------------------------------------------------------
+
+    @property
+    def _most_held(self) -> int:
+        head = self.work.head
+        return max(head.max_rows, self.backend.hold_bytes // head.row_bytes)
+
+    def _groups(self) -> list[_Group]:
+        """Whole questions, as many as go through together; a larger one stands alone."""
         layout, config = self.layout, self.config
+        held = self.grads.head or self.left is not None
+        most = self.work.head.max_rows if held else self.work.most
         needed = layout.labelled
         if config.mi == "logprob":
             needed = needed | information_positions(layout, config)
         all_rows = needed.nonzero().squeeze(1)
-        teachers = layout.cu_teachers.tolist()
         token_bounds = layout.cu_seqlens[layout.cu_teachers]
         row_bounds = torch.searchsorted(all_rows, token_bounds).tolist()
+        live = self.live.tolist()
+        room = ANSWER_BYTES // self.work.head.row_bytes
+        sizes = [
+            0 if self.spans is None else len(self.spans.positions(q, live))
+            for q in range(layout.num_questions)
+        ]
         groups, first = [], 0
         for q in range(layout.num_questions):
             last = q + 1 == layout.num_questions
-            if last or row_bounds[q + 2] - row_bounds[first] > head.max_rows:
+            if (
+                last
+                or row_bounds[q + 2] - row_bounds[first] > most
+                or sum(sizes[first : q + 2]) > room
+            ):
                 rows = all_rows[row_bounds[first] : row_bounds[q + 1]]
-                sequences = slice(teachers[first], teachers[q + 1])
-                groups.append(_Group(slice(first, q + 1), sequences, rows))
+                groups.append(self._group(range(first, q + 1), rows, live))
                 first = q + 1
         return groups
+
+    def _group(self, questions: range, rows: Tensor, live: list[bool]) -> _Group:
+        layout, head = self.layout, self.work.head
+        teachers = layout.cu_teachers[[questions.start, questions.stop]].tolist()
+        labelled = layout.labelled[rows]
+        answers = AnswerRows.of(self.spans, questions, live, rows[labelled], head, ANSWER_BYTES)
+        if answers is None and self.spans is not None:
+            self.left_over.extend(questions)
+        plain = labelled & self.live[layout.token_sequence[rows]] & self.grads.any
+        kind = torch.where(plain, 0, 2)
+        if answers is not None:
+            kind[torch.searchsorted(rows, answers.at)] = 1
+        order = kind.argsort(stable=True)
+        count = int((kind == 0).sum())
+        return _Group(questions, slice(*teachers), rows[order], count, answers)
+
+    def _weightless(self) -> Tensor:
+        """[S] bool: sequences that will get weight 0 whatever the student says, most likely.
+
+        What can still change is the filter, if another teacher's score is not finite.
+        """
+        config, layout = self.config, self.layout
+        zeros = torch.zeros(layout.num_sequences, dtype=torch.float64, device=layout.device)
+        shares = teacher_weights(
+            zeros,
+            zeros,
+            self.consensus,
+            self.attention,
+            layout.cu_teachers,
+            config,
+            teachers=layout.teachers,
+            question_ids=layout.question_ids,
+            correct=layout.correct,
+        )
+        scored = config.weighting in ("compact", "mi", "consensus", "difficulty", "best")
+        out = shares.filtered | shares.nonfinite
+        return out if scored else out | (shares.weights == 0)
 
     def _gold_logit(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
         """<h_t, mean of the question's gold rows> where MI needs it, 0 elsewhere, [T].
@@ -408,13 +451,6 @@ class _Pass:
             correct=cut["correct"],
         )
         return mi, nll, shares
-
-
-def _runs(keep: Tensor) -> list[tuple[int, int]]:
-    """Maximal runs of True in a mask [n], as (start, end)."""
-    edge = torch.nn.functional.pad(keep.to(torch.int8), (1, 1)).diff()
-    starts, ends = (edge == 1).nonzero().flatten(), (edge == -1).nonzero().flatten()
-    return list(zip(starts.tolist(), ends.tolist(), strict=True))
 
 
 def _join(parts: list[TeacherWeights]) -> TeacherWeights:

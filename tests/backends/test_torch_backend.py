@@ -4,10 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compact_fast import CompactConfig, compact_loss, token_logp
+from compact_fast.backends import head as head_module
+from compact_fast.backends.head import Head
 from compact_fast.backends.torch_backend import TorchBackend
 from compact_fast.testing import random_batch
 
@@ -23,6 +25,12 @@ VALUES = (
     "token_logp", "token_entropy", "consistency",
 )  # fmt: skip
 FLAGS = ("filtered", "nonfinite", "skipped", "token_correct")
+
+
+@pytest.fixture(autouse=True, params=[4096, 32], ids=["one block", "four blocks"])
+def vocabulary_blocks(request, monkeypatch):
+    """Everything in one block of the 97-word vocabulary, and in four."""
+    monkeypatch.setattr(head_module, "VOCAB_BLOCK", request.param)
 
 
 def run(batch, config, backend, *, frozen=False, bias=True, upstream=1.7):
@@ -87,7 +95,9 @@ def test_weightings_and_consistency(chunking, consistency, weighting):
     assert_equal(random_batch(seed=5), config, CHUNKINGS[chunking])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     teachers=st.lists(st.integers(1, 16), min_size=1, max_size=4),
     seed=st.integers(0, 10**6),
@@ -230,14 +240,29 @@ def test_token_logp_and_its_gradients(dtype):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def test_unlabelled_rows_are_never_multiplied(monkeypatch):
-    from compact_fast.backends import head
-
-    seen = []
-    logits = head.Head.logits
+@pytest.mark.parametrize("frozen", [True, False])
+def test_rows_without_use_are_never_multiplied(frozen, monkeypatch):
+    """Rows without a label not at all; rows of a teacher that is filtered out not back."""
+    there, back = [], []
+    multiply, add = Head.multiply, torch.Tensor.addmm_
     monkeypatch.setattr(
-        head.Head, "logits", lambda self, x: (seen.append(x.shape[0]), logits(self, x))[1]
+        Head,
+        "multiply",
+        lambda self, x, w, *rest: (there.append(len(x) * len(w)), multiply(self, x, w, *rest)),
     )
-    batch = random_batch(seed=13)
-    run(batch, CompactConfig(consistency="off"), TorchBackend(1 << 30), frozen=True)
-    assert sum(seen) == int(batch.layout.labelled.sum())
+    monkeypatch.setattr(
+        torch.Tensor,
+        "addmm_",
+        lambda self, a, b, **k: (back.append(a.shape), add(self, a, b, **k))[1],
+    )
+    batch = random_batch((3, 4), seed=13, unlabelled=False)
+    consensus = torch.tensor([1, 0.1, 1, 1, 1, 0.2, 1.0])
+    batch = dataclasses.replace(batch, consensus=consensus)
+    config = CompactConfig(consistency="off")
+    out, _ = run(batch, config, TorchBackend(1 << 30), frozen=frozen)
+    assert out.filtered.tolist() == [c < 0.8 for c in consensus.tolist()]
+    vocab = batch.weight.shape[0]
+    assert sum(there) == vocab * int(batch.layout.labelled.sum())
+    weighted = batch.layout.labelled & ~out.filtered[batch.layout.token_sequence]
+    products = sum(n * v for n, v in back)  # to rows, and to the head where it is trained
+    assert products == (1 if frozen else 2) * vocab * int(weighted.sum())

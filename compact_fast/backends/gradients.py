@@ -1,0 +1,89 @@
+"""Sums of gradients over the rows of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compact_fast.backends.head import Head
+from compact_fast.backends.protocol import Gradients, Needs
+
+
+@dataclass
+class GradientSums:
+    """Gradients of the sum over questions, in the statistics' dtype. None: not needed."""
+
+    hidden: Tensor | None  # [T, D]
+    weight: Tensor | None  # [V, D]
+    bias: Tensor | None  # [V]
+
+    @classmethod
+    def zeros(
+        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs, dtype: torch.dtype
+    ) -> GradientSums:
+        """Zeros of what is needed."""
+        return cls(
+            torch.zeros_like(hidden, dtype=dtype) if needs.hidden else None,
+            torch.zeros_like(weight, dtype=dtype) if needs.weight else None,
+            torch.zeros_like(bias, dtype=dtype) if needs.bias and bias is not None else None,
+        )
+
+    @property
+    def head(self) -> bool:
+        """Whether the head has a gradient, for which a row's weight must be known beforehand."""
+        return self.weight is not None or self.bias is not None
+
+    @property
+    def any(self) -> bool:
+        """Whether there is anything to do."""
+        return self.hidden is not None or self.head
+
+    def add(self, head: Head, at: Tensor, x: Tensor, g: Tensor, scale: Tensor) -> None:
+        """Rows `at` [n], with hidden x [n, D] and logit gradients g [n, V] times scale [n]."""
+        if self.hidden is not None:
+            self.hidden.index_add_(0, at, head.back_to_rows(g) * scale[:, None])
+        if self.weight is not None:
+            self.weight.addmm_(g.T, x.to(head.dtype) * scale[:, None])
+        if self.bias is not None:
+            self.bias.addmv_(g.T, scale)
+
+    def add_columns(self, head: Head, at: Tensor, x: Tensor, g: Tensor, columns: Tensor) -> None:
+        """The same where only some columns [k] of the vocabulary are there: g [n, k], scaled."""
+        if columns.numel() == 0:
+            return
+        if self.hidden is not None:
+            self.hidden.index_add_(0, at, g @ head.weight[columns].to(head.dtype))
+        if self.weight is not None:
+            self.weight.index_add_(0, columns, g.T @ x)
+        if self.bias is not None:
+            self.bias.index_add_(0, columns, g.sum(0))
+
+    def subtract_targets(
+        self, head: Head, at: Tensor, x: Tensor, targets: Tensor, amount: Tensor
+    ) -> None:
+        """The target's share of rows `at`: its logit gradient is -amount [n]."""
+        if self.hidden is not None:
+            self.hidden.index_add_(0, at, head.weight[targets].to(head.dtype) * -amount[:, None])
+        if self.weight is not None:
+            self.weight.index_add_(0, targets, x * -amount[:, None])
+        if self.bias is not None:
+            self.bias.index_add_(0, targets, -amount)
+
+    def finish(
+        self, normalizer: float, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Gradients:
+        """Divided by the normalizer, in the dtype of what they belong to."""
+        sums, owners = (self.hidden, self.weight, self.bias), (hidden, weight, bias)
+        return Gradients(
+            *(
+                None if g is None or owner is None else _divide(g, normalizer).to(owner.dtype)
+                for g, owner in zip(sums, owners, strict=True)
+            )
+        )
+
+
+def _divide(g: Tensor, by: float) -> Tensor:
+    """In place; by 1 it would be a pass over memory for nothing."""
+    return g if by == 1 else g.div_(by)

@@ -1,0 +1,143 @@
+"""Softmax statistics of rows whose logits come one block of the vocabulary after another.
+
+With m the largest logit met so far, the sum over entries is kept as s = sum_v exp(z_v - m); when m
+grows to m', everything relative to it shrinks by exp(m - m'). The target's own entry y is kept out
+of s, so that what a confident row still has to learn is not the difference of two numbers near 1:
+
+    1 - p_y = s / (s + exp(z_y - m))        -log p_y = log(1 + exp(log s + m - z_y))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CACHE_BYTES = 1 << 20  # exponentiated at a time, so that the passes over them stay in cache
+
+
+@dataclass
+class Statistics:
+    """Per-token results of a batch, filled some rows at a time. All [T]."""
+
+    logp: Tensor  # 0 where there is no label
+    logsumexp: Tensor  # NaN where no logits were made
+    entropy: Tensor | None
+    correct: Tensor | None
+
+    @classmethod
+    def empty(cls, T: int, dtype: torch.dtype, device: torch.device, full: bool) -> Statistics:
+        logp = torch.zeros(T, dtype=dtype, device=device)
+        return cls(
+            logp=logp,
+            logsumexp=torch.full_like(logp, torch.nan),
+            entropy=torch.zeros_like(logp) if full else None,
+            correct=torch.zeros_like(logp, dtype=torch.bool) if full else None,
+        )
+
+
+class OnlineRows:
+    """Running statistics of n rows. `targets` [n]: their labels, negative where there is none."""
+
+    def __init__(self, targets: Tensor, dtype: torch.dtype, full: bool) -> None:
+        self.targets = targets
+        n = targets.numel()
+        # finite, so that differences of two of them are; half, so that the differences fit
+        lowest = torch.finfo(dtype).min / 2
+        self.peak = torch.full((n,), lowest, dtype=dtype, device=targets.device)
+        self.rest = torch.zeros_like(self.peak)  # sum of exp(z - peak) without the target
+        self.at_target = torch.full_like(self.peak, -torch.inf)
+        self._pz = torch.zeros_like(self.peak) if full else None  # sum of exp(z-peak) (z-peak)
+        self._best = torch.full_like(targets, -1) if full else None
+
+    def update(self, z: Tensor, a: int) -> Tensor:
+        """Turn logits z [n, w] of vocabulary entries a to a + w into exp(z - peak), in place.
+
+        The target's entry becomes 0. Returns exp(old peak - new peak) [n], the factor by which
+        whatever the caller keeps relative to the peak shrinks.
+        """
+        w = z.shape[1]
+        at = self.targets - a
+        here = (at >= 0) & (at < w)
+        at = at.clamp(0, w - 1)[:, None]
+        value = z.gather(1, at).squeeze(1)
+        self.at_target = torch.where(here, value, self.at_target)
+        z.scatter_(1, at, torch.where(here, -torch.inf, value)[:, None])
+        old, peak, total = self.peak, torch.empty_like(self.peak), torch.empty_like(self.peak)
+        more = None if self._pz is None else torch.empty_like(peak)
+        step = max(1, CACHE_BYTES // (w * z.itemsize))
+        for i in range(0, z.shape[0], step):
+            part = z[i : i + step]
+            rows = slice(i, i + part.shape[0])
+            top = torch.maximum(part.amax(-1), old[rows])
+            if self._best is not None:
+                place = part.argmax(-1) + a
+                self._best[rows] = torch.where(top > old[rows], place, self._best[rows])
+            part.sub_(top[:, None])
+            if more is None:
+                part.exp_()
+            else:
+                distance = part.clamp(min=-1e4)  # -inf x 0 is not 0
+                part.exp_()
+                torch.sum(part * distance, -1, out=more[rows])
+            torch.sum(part, -1, out=total[rows])
+            peak[rows] = top
+        shrink = (old - peak).exp_()
+        if self._pz is not None and more is not None:
+            self._pz = shrink * (self._pz + (old - peak) * self.rest) + more
+        self.rest = self.rest * shrink + total
+        self.peak = peak
+        return shrink
+
+    def finish(self) -> Softmax:
+        """The rows' statistics, once all of the vocabulary has been met."""
+        labelled = self.targets >= 0
+        top = torch.maximum(self.peak, self.at_target)
+        grow, own = (self.peak - top).exp(), (self.at_target - top).exp()
+        total = self.rest * grow + own
+        against = self.rest.log() + (self.peak - self.at_target)  # log odds of any other entry
+        logp = torch.where(labelled, -torch.logaddexp(torch.zeros_like(against), against), 0.0)
+        entropy = correct = None
+        if self._pz is not None and self._best is not None:
+            others = grow * (self._pz + (self.peak - top) * self.rest)
+            mine = torch.where(own > 0, own * (self.at_target - top), 0.0)
+            entropy = torch.where(labelled, total.log() - (others + mine) / total, 0.0)
+            first = (self.at_target == self.peak) & (self.targets < self._best)
+            correct = labelled & ((self.at_target > self.peak) | first)
+        return Softmax(
+            factor=grow / total,
+            rest=self.rest,
+            peak=self.peak,
+            logp=logp,
+            logsumexp=top + total.log(),
+            entropy=entropy,
+            correct=correct,
+        )
+
+    def record(self, rows: Tensor, stats: Statistics) -> Softmax:
+        """`finish`, and write the statistics of packed positions rows [n] where they belong."""
+        found = self.finish()
+        for name in ("logp", "logsumexp", "entropy", "correct"):
+            into = getattr(stats, name)
+            if into is not None:
+                into[rows] = getattr(found, name)
+        return found
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """What is known of n rows at the end. All [n]."""
+
+    factor: Tensor  # exp(z - peak) x factor = softmax
+    rest: Tensor  # rest x factor = 1 - p of the target, without cancellation
+    peak: Tensor
+    logp: Tensor
+    logsumexp: Tensor
+    entropy: Tensor | None
+    correct: Tensor | None
+
+    def select(self, rows: slice) -> Softmax:
+        """Of some of the rows."""
+        values = (getattr(self, name) for name in self.__dataclass_fields__)
+        return Softmax(*(None if v is None else v[rows] for v in values))  # type: ignore[arg-type]

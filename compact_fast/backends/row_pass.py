@@ -1,0 +1,133 @@
+"""Rows through the vocabulary: what their logits are needed for, while each block is in cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compact_fast.backends.gradients import GradientSums
+from compact_fast.backends.head import Head
+from compact_fast.backends.held_rows import HeldRows
+from compact_fast.backends.online import OnlineRows, Softmax, Statistics
+from compact_fast.backends.sparse_rows import SparseRows
+
+NO_ROWS = slice(0, 0)
+
+
+class RowPass:
+    """Passes of some rows of a batch at a time; their statistics are recorded in `stats`.
+
+    most: rows whose logits are at hand at once, where they are not held.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        hidden: Tensor,  # [T, D]
+        targets: Tensor,  # [T]
+        most: int,
+        statistics: bool,
+    ) -> None:
+        self.head, self.hidden, self.targets, self.most = head, hidden, targets, most
+        self.stats = Statistics.empty(targets.numel(), head.dtype, targets.device, statistics)
+        self._full = statistics
+        self._buffer = head.weight.new_empty(0, dtype=head.dtype)
+
+    def take(self, rows: Tensor) -> Tensor:  # [n] -> [n, D]
+        """Hidden states of packed positions, in the dtype of the products."""
+        return self.hidden[rows].to(self.head.dtype)
+
+    def measure(
+        self,
+        rows: Tensor,  # [n]
+        *,
+        back: int = 0,
+        out: Tensor | None = None,  # [T, D]
+        held: HeldRows | None = None,
+        sparse: SparseRows | None = None,
+        kept: Tensor | None = None,  # [m, V]
+        at: int = 0,
+        again: bool = False,
+    ) -> Softmax:
+        """Make the rows' logits and record their statistics (not when made `again`).
+
+        back, out: (softmax - onehot) W of the first `back` rows is written to `out`.
+        held, sparse: they are given the exponentials, of all rows or of its first ones.
+        kept: takes the logits of the rows from `at` on.
+        """
+        head = self.head
+        x, targets = self.take(rows), self.targets[rows]
+        online = OnlineRows(targets, head.dtype, self._full and not again)
+        into = x.new_zeros(back, x.shape[1])
+        for a, b in head.blocks:
+            block = head.block(a, b)
+            z = self._room(rows.numel(), b - a) if held is None else held.block(a, b)
+            head.multiply(x, block, a, z)
+            if kept is not None:
+                kept[:, a:b] = z[at : at + kept.shape[0]]
+            shrink = online.update(z, a)
+            if held is not None:
+                held.peaks.append(online.peak)
+            if sparse is not None:
+                sparse.take(z[: sparse.at.numel()], a, online)
+            if back:
+                into.mul_(shrink[:back, None]).addmm_(z[:back], block)
+        soft = online.finish() if again else online.record(rows, self.stats)
+        if back:
+            assert out is not None
+            own = head.weight[targets[:back]].to(head.dtype)
+            into.addcmul_(own, soft.rest[:back, None], value=-1)
+            out[rows[:back]] = into.mul_(soft.factor[:back, None])
+        return soft
+
+    def add_again(self, grads: GradientSums, rows: Tensor, scale: Tensor) -> None:
+        """Add gradients of rows [n] (which have none yet) with weights scale [T] not 0, by making
+        their logits again."""
+        if not grads.head:
+            assert grads.hidden is not None
+            for part in torch.split(rows, self.most):
+                self.measure(part, back=part.numel(), out=grads.hidden, again=True)
+                grads.hidden[part] *= scale[part, None]
+            return
+        for part in torch.split(rows, self.head.max_rows):
+            held = self.room_to_hold(part.numel())
+            soft = self.measure(part, held=held, again=True)
+            self.add_held(grads, part, held, soft, scale[part], NO_ROWS)
+
+    def add_held(
+        self,
+        grads: GradientSums,
+        rows: Tensor,  # [n]
+        held: HeldRows,
+        soft: Softmax,
+        scale: Tensor,  # [n]
+        replaced: slice,
+    ) -> None:
+        """Add the gradients of held rows whose scale is not 0; `replaced` ones carry their own."""
+        x, factor = self.take(rows), scale * soft.factor
+        factor[replaced] = 1.0
+        held.add_to(grads, rows, x, factor, soft.peak, replaced, runs(scale != 0))
+        own = scale != 0
+        own[replaced] = False
+        amount = (factor * soft.rest)[own]
+        grads.subtract_targets(self.head, rows[own], x[own], self.targets[rows[own]], amount)
+
+    def room_to_hold(self, n: int) -> HeldRows:
+        """Room for n rows; the next call takes it away."""
+        return HeldRows(self.head, self._storage(n * self.head.vocab))
+
+    def _room(self, n: int, w: int) -> Tensor:
+        return self._storage(n * w).view(n, w)
+
+    def _storage(self, size: int) -> Tensor:
+        # one buffer for all groups: fresh memory costs more than a pass over it
+        if self._buffer.numel() < size:
+            self._buffer = self._buffer.new_empty(size)
+        return self._buffer[:size]
+
+
+def runs(keep: Tensor) -> list[tuple[int, int]]:
+    """Maximal runs of True in a mask [n], as (start, end)."""
+    edge = torch.nn.functional.pad(keep.to(torch.int8), (1, 1)).diff()
+    starts, ends = (edge == 1).nonzero().flatten(), (edge == -1).nonzero().flatten()
+    return list(zip(starts.tolist(), ends.tolist(), strict=True))
