@@ -266,3 +266,90 @@ def test_rows_without_use_are_never_multiplied(frozen, monkeypatch):
     weighted = batch.layout.labelled & ~out.filtered[batch.layout.token_sequence]
     products = sum(n * v for n, v in back)  # to rows, and to the head where it is trained
     assert products == (1 if frozen else 2) * vocab * int(weighted.sum())
+
+
+def assert_left_out_within_bounds(batch, config, backend, *, limit, frozen):
+    """Figures stay; what is missing from the gradients is within the reported bounds."""
+    dense, dense_grads = run(batch, config, backend, frozen=frozen, upstream=1.0)
+    skipping = dataclasses.replace(config, skip_below=limit)
+    out, grads = run(batch, skipping, backend, frozen=frozen, upstream=1.0)
+    for name in VALUES:
+        a, b = getattr(dense, name), getattr(out, name)
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6, equal_nan=True)
+    eps = torch.finfo(batch.hidden.dtype).eps
+    for bound, g, exact in zip(out.gradient_error.tolist(), grads, dense_grads, strict=True):
+        if exact is not None:
+            missing, size = float((g - exact).norm()), float(exact.norm())
+            assert missing <= bound + 32 * eps * size, (missing, bound, size)
+    return out, dense_grads
+
+
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    teachers=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    seed=st.integers(0, 10**6),
+    scale=st.sampled_from([0.1, 0.5, 2.0, 20.0]),
+    limit=st.sampled_from([1e-6, 1e-3, 1e-2, 0.1, 0.9]),
+    chunk=st.integers(1, 200),
+    frozen=st.booleans(),
+    mi=st.sampled_from(["logit", "logprob"]),
+)
+def test_bounds_on_what_is_left_out_hold(teachers, seed, scale, limit, chunk, frozen, mi):
+    batch = random_batch(teachers, seed=seed, scale=scale)
+    config = CompactConfig(mi=mi, consistency_weight=0.5)
+    backend = TorchBackend(ROW * chunk)
+    out, _ = assert_left_out_within_bounds(batch, config, backend, limit=limit, frozen=frozen)
+    assert 0 <= out.kept_share <= 1
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_large_gradients_are_never_left_out(frozen):
+    """With one row a block, exactly the entries below the limit are missing."""
+    batch = random_batch((3,), seed=21, scale=1.5, longest=6)
+    config = CompactConfig(weighting="uniform", consistency="off", skip_below=0.02)
+    out, grads = run(batch, config, TorchBackend(ROW * 16), frozen=frozen, upstream=1.0)
+    layout, rows = batch.layout, batch.layout.labelled
+    logits = batch.hidden @ batch.weight.T + batch.bias
+    g = logits.softmax(-1)
+    g[rows] -= torch.nn.functional.one_hot(layout.targets[rows], 97)
+    g[~rows] = 0
+    scale = out.weights / layout.label_counts.clamp(min=1)
+    g *= scale[layout.token_sequence][:, None]
+    large = (g.abs() >= 0.02 * scale[layout.token_sequence][:, None] * 1.001) & rows[:, None]
+    column = large.any(0)
+    # all rows fit one block: no column with a large entry is missing
+    least = torch.where(column, g, 0.0) @ batch.weight
+    rest = torch.where(column, 0.0, g)
+    norms = batch.weight.norm(dim=1)
+    error = (grads[0] - least).norm(dim=1)
+    own = (rest.abs() * norms).sum(1)
+    assert bool((error <= own + 1e-9).all())
+    assert 0 < out.kept_share < 1
+
+
+def test_leaving_nothing_out_equals_the_dense_pass():
+    batch = random_batch(seed=22)
+    dense = run(batch, CompactConfig(), "torch")
+    out, grads = run(batch, CompactConfig(skip_below=1e-300), "torch")
+    assert out.kept_share == 1
+    for a, b in zip(dense[1], grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_a_rationale_of_nan_leaves_bounds_finite():
+    batch = random_batch((4, 3), seed=2)
+    hidden = batch.hidden.clone()
+    a, b = batch.layout.cu_seqlens[2:4].tolist()
+    hidden[a:b] = torch.nan
+    bad = dataclasses.replace(batch, hidden=hidden)
+    out, grads = run(bad, CompactConfig(skip_below=0.01), TorchBackend(ROW * 16))
+    assert out.gradient_error.isfinite().all()
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_the_reference_leaves_nothing_out_and_says_so():
+    batch = random_batch(seed=23)
+    with pytest.raises(ValueError, match=r"skip_below=0\.01: backend 'reference'"):
+        run(batch, CompactConfig(skip_below=0.01), "reference")
