@@ -27,8 +27,8 @@ class NonFiniteError(ValueError):
 class NonFiniteGuard:
     """Keeps the figures of one optimizer step's micro-batches until the update is due."""
 
-    def __init__(self, teachers: Sequence[str]) -> None:
-        self._teachers = list(teachers)
+    def __init__(self, teachers: Sequence[str], device: torch.device) -> None:
+        self._teachers, self._device = list(teachers), device
         self._pending: list[tuple[CompactOutput, TokenLayout, list[str]]] = []
 
     def add(self, out: CompactOutput, layout: TokenLayout, ids: list[str]) -> None:
@@ -41,14 +41,13 @@ class NonFiniteGuard:
     ) -> None:
         """Raise NonFiniteError unless the update may be made. `total` sums over all processes.
 
-        All processes raise or none does.
+        All processes raise or none does, also those that had no question in this step.
         """
         pending, self._pending = self._pending, []
-        if not pending:
-            return
-        bad_loss = torch.stack([~out.loss.isfinite() for out, _, _ in pending]).any()
-        useless = torch.stack([_all_lost(out, layout) for out, layout, _ in pending]).all()
-        norm = torch.as_tensor(grad_norm, device=bad_loss.device)
+        nothing = torch.zeros((), dtype=torch.bool, device=self._device)
+        bad_loss = torch.stack([nothing, *(~out.loss.isfinite() for out, _, _ in pending)]).any()
+        useless = torch.stack([~nothing, *(_all_lost(out, lay) for out, lay, _ in pending)]).all()
+        norm = torch.as_tensor(grad_norm, device=self._device)
         found = total(torch.stack([bad_loss, ~norm.isfinite(), ~useless]).double())
         losses, norms, useful = found.tolist()
         if losses:

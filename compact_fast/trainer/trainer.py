@@ -118,7 +118,7 @@ class CompactTrainer(CheckpointedTrainer):
         self.choice = choose(args.backend, spec)
         logger.info("loss backend %s (%s)", self.choice.backend.name, self.choice.reason)
         self._window = LogWindow(args.teachers, args.device)
-        self._guard = NonFiniteGuard(args.teachers)
+        self._guard = NonFiniteGuard(args.teachers, args.device)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.files = RunFiles(
