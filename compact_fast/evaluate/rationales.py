@@ -7,8 +7,16 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compact_fast.evaluate.likelihood import Progress, evaluation_mode, logp_at
+import torch
+from torch import Tensor
+
+from compact_fast.evaluate.likelihood import Progress, evaluation_mode, logp_at, model_device
 from compact_fast.evaluate.results import RationaleNll, TeacherNll
+from compact_fast.loss import token_logp
+from compact_fast.students import body_and_head
+from compact_fast.trainer.batching import batches_within, question_lengths
+from compact_fast.trainer.packing import choose_packing, mask_wanted, pack_segments
+from compact_fast.trainer.segments import NO_MASK, attending_by_segments
 
 
 def rationale_nll(
@@ -42,16 +50,20 @@ def rationale_nll(
             owner.append(teacher)
     if not sequences:
         raise ValueError("no rationales to evaluate: give a file whose questions have rationales")
+    packing = choose_packing(model, masked=mask_wanted(model_device(model)))
     with evaluation_mode(model):
-        logp = logp_at(
-            model,
-            sequences,
-            positions,
-            targets,
-            batch_tokens=batch_tokens,
-            backend=backend,
-            progress=progress,
-        )
+        if packing.kind == "segments":
+            logp = _logp_by_segments(model, rows, batch_tokens, backend, progress)
+        else:
+            logp = logp_at(
+                model,
+                sequences,
+                positions,
+                targets,
+                batch_tokens=batch_tokens,
+                backend=backend,
+                progress=progress,
+            )
     values = [-float(part.double().mean()) for part in logp]
     kept = [i for i, v in enumerate(values) if math.isfinite(v)]
     by_teacher: dict[str, TeacherNll] = {}
@@ -66,6 +78,54 @@ def rationale_nll(
         tokens=sum(len(s) for s in sequences),
         seconds=time.perf_counter() - started,
     )
+
+
+def _logp_by_segments(
+    model: Any,
+    rows: Sequence[Mapping[str, Any]],
+    batch_tokens: int,
+    backend: Any,
+    progress: Progress | None,
+) -> list[Tensor]:
+    """log p of every rationale's tokens, in order; prompts are read once, and nothing is padded."""
+    parts, device = body_and_head(model), model_device(model)
+    sizes = question_lengths(rows)
+    found: dict[int, list[Tensor]] = {}
+    total, done = int(sizes[3].sum()), 0
+    for batch in batches_within(sizes[0] + sizes[1], batch_tokens):
+        chosen = [rows[i] for i in batch]
+        packed = pack_segments(chosen)
+        with attending_by_segments(model):
+            hidden = parts.body(
+                packed["input_ids"].to(device),
+                NO_MASK,
+                position_ids=packed["position_ids"].to(device),
+                compact_trees=packed["trees"],
+            )[0]
+        where: list[Tensor] = []
+        lengths = []
+        start = 0
+        for row in chosen:
+            P = len(row["prompt_ids"])
+            for completion in row["completion_ids"]:
+                where.append(packed["gather"][start + P - 1 : start + P + len(completion) - 1])
+                lengths.append(len(completion))
+                start += P + len(completion)
+        wanted = torch.tensor([t for row in chosen for c in row["completion_ids"] for t in c])
+        logp = token_logp(
+            hidden[torch.cat(where).to(device)],
+            parts.weight,
+            wanted.to(device),
+            backend=backend,
+            head_bias=parts.bias,
+        )
+        pieces = iter(torch.split(logp.cpu(), lengths))
+        for i, row in zip(batch, chosen, strict=True):
+            found[i] = [next(pieces) for _ in row["completion_ids"]]
+        done += len(lengths)
+        if progress is not None:
+            progress(done, total)
+    return [piece for i in range(len(rows)) for piece in found[i]]
 
 
 def _summary(values: Sequence[float], targets: Sequence[Sequence[int]]) -> TeacherNll:
