@@ -331,8 +331,11 @@ class CompactTrainer(CheckpointedTrainer):
             result = super().train(*args, **kwargs)
         except BaseException as error:
             self._display.close()
+            lost = _lost_process(error, self.args)
             if self.is_world_process_zero():
-                self.files.stopped(self.state.global_step, error)
+                self.files.stopped(self.state.global_step, lost or error)
+            if lost is not None:
+                raise lost from error
             raise
         return result
 
@@ -344,3 +347,17 @@ class CompactTrainer(CheckpointedTrainer):
         """Takes up the per-teacher sums."""
         super().load_window_state(state)
         self._window.load(state["window"])
+
+
+def _lost_process(error: BaseException, args: CompactTrainingArguments) -> RuntimeError | None:
+    """What to say when a connection to another process broke; None for any other error."""
+    text = str(error).lower()
+    broken = ("connection closed by peer", "connection reset", "broken pipe", "socket closed")
+    if args.world_size == 1 or not isinstance(error, RuntimeError):
+        return None
+    if not any(words in text for words in broken):
+        return None
+    return RuntimeError(
+        f"process {args.process_index} of {args.world_size}: another process has ended, so this "
+        "one stops too; look for that one's error, and start the same command again to resume"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import traceback
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from toy import make_rows, make_student, make_trainer
+from transformers import TrainerCallback
 
 from compact_fast.config import CompactConfig
 from compact_fast.trainer import NonFiniteError
@@ -28,8 +30,20 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+class _Death(TrainerCallback):
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _train(
-    folder: Path, *, lora: bool = False, poison: bool = False, count: int = 16, **changes: Any
+    folder: Path,
+    *,
+    lora: bool = False,
+    poison: bool = False,
+    die: bool = False,
+    count: int = 16,
+    **changes: Any,
 ) -> Any:
     model = make_student(lora=lora)
     if poison:
@@ -44,6 +58,8 @@ def _train(
         use_cpu=False,  # as a user would, who has no GPU and says nothing
         **{**SETTINGS, **changes},
     )
+    if die and trainer.args.process_index == 1:
+        trainer.add_callback(_Death())
     trainer.train()
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
 
@@ -87,7 +103,8 @@ def processes(folder: Path, world: int, **settings: Any) -> list[Any]:
             for each in children:
                 each.kill()
             pytest.fail("a process hangs")
-    return [torch.load(folder.with_name(f"{folder.name}-rank{rank}.pt")) for rank in range(world)]
+    paths = [folder.with_name(f"{folder.name}-rank{rank}.pt") for rank in range(world)]
+    return [torch.load(path) if path.exists() else None for path in paths]
 
 
 def two_processes(folder: Path, *, questions: int, **settings: Any) -> list[Any]:
@@ -160,3 +177,11 @@ def test_all_processes_stop_when_one_meets_a_non_finite_number(tmp_path: Path) -
     for outcome in outcomes:
         assert isinstance(outcome, str)
         assert outcome.startswith(f"{NonFiniteError.__name__}: step 1: "), outcome
+
+
+def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> None:
+    first, second = processes(tmp_path / "two", 2, per_device_train_batch_size=2, die=True)
+    assert second is None
+    assert first.startswith("RuntimeError: process 0 of 2: another process has ended"), first
+    status = json.loads((tmp_path / "two" / "run.json").read_text())["status"]
+    assert "another process has ended" in status
