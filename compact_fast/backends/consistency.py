@@ -26,7 +26,7 @@ from compact_fast.config import CompactConfig
 from compact_fast.layout import TokenLayout
 from compact_fast.reference import consistency_spans
 
-STEP_BYTES = 4 << 20  # logits compared at a time
+STEP_BYTES = 1 << 20  # logits compared at a time
 
 # (rows [n], hidden of the rows [n, D], gradient of their logits [n, V], scale [n])
 AddGradient = Callable[[Head, Tensor, Tensor, Tensor, Tensor], None]
@@ -141,7 +141,7 @@ class AnswerRows:
             step = max(1, STEP_BYTES // self._row_bytes)
             for rows in torch.split((~done).nonzero().squeeze(1), step):
                 self.logits[rows] = self.logits[rows].softmax(-1).mul_(scale[rows][:, None])
-            self.logits.scatter_add_(1, targets[:, None], -scale[:, None])
+            self.logits[torch.arange(len(targets), device=targets.device), targets] -= scale
         return left_over
 
     @property

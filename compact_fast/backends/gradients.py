@@ -18,16 +18,18 @@ class GradientSums:
     hidden: Tensor | None  # [T, D]
     weight: Tensor | None  # [V, D]
     bias: Tensor | None  # [V]
+    unwritten: bool = False  # `weight` is memory as it came, no zeros yet
 
     @classmethod
-    def zeros(
+    def empty(
         cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs, dtype: torch.dtype
     ) -> GradientSums:
-        """Zeros of what is needed."""
+        """Nothing yet of what is needed."""
         return cls(
             torch.zeros_like(hidden, dtype=dtype) if needs.hidden else None,
-            torch.zeros_like(weight, dtype=dtype) if needs.weight else None,
+            torch.empty_like(weight, dtype=dtype) if needs.weight else None,
             torch.zeros_like(bias, dtype=dtype) if needs.bias and bias is not None else None,
+            unwritten=needs.weight,
         )
 
     @property
@@ -40,8 +42,19 @@ class GradientSums:
         """Whether there is anything to do."""
         return self.hidden is not None or self.head
 
+    def settle(self) -> None:
+        """Make `weight` zeros, unless something has been written to all of it.
+
+        The first product into it overwrites instead, where it can: that saves two passes over
+        the largest matrix here.
+        """
+        if self.unwritten and self.weight is not None:
+            self.weight.zero_()
+        self.unwritten = False
+
     def add(self, head: Head, at: Tensor, x: Tensor, g: Tensor, scale: Tensor) -> None:
         """Rows `at` [n], with hidden x [n, D] and logit gradients g [n, V] times scale [n]."""
+        self.settle()
         if self.hidden is not None:
             self.hidden.index_add_(0, at, head.back_to_rows(g) * scale[:, None])
         if self.weight is not None:
@@ -51,6 +64,7 @@ class GradientSums:
 
     def add_columns(self, head: Head, at: Tensor, x: Tensor, g: Tensor, columns: Tensor) -> None:
         """The same where only some columns [k] of the vocabulary are there: g [n, k], scaled."""
+        self.settle()
         if columns.numel() == 0:
             return
         if self.hidden is not None:
@@ -64,6 +78,7 @@ class GradientSums:
         self, head: Head, at: Tensor, x: Tensor, targets: Tensor, amount: Tensor
     ) -> None:
         """The target's share of rows `at`: its logit gradient is -amount [n]."""
+        self.settle()
         if self.hidden is not None:
             self.hidden.index_add_(0, at, head.weight[targets].to(head.dtype) * -amount[:, None])
         if self.weight is not None:
@@ -75,6 +90,7 @@ class GradientSums:
         self, normalizer: float, hidden: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Gradients:
         """Divided by the normalizer, in the dtype of what they belong to."""
+        self.settle()
         sums, owners = (self.hidden, self.weight, self.bias), (hidden, weight, bias)
         return Gradients(
             *(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from compact_fast.scores import statistics_dtype
 
-VOCAB_BLOCK = 4096  # with 1,024 rows: 16 MB of logits, 9 MB of a 576-wide head
+BLOCK_BYTES = 16 << 20  # logits of a block of the vocabulary, to stay in cache
+LEAST_WIDTH = 4096  # of a block, where there are many rows; narrower products are slower
 UPCAST_BYTES = 16 << 20  # float32 copy of a block of a low-precision head
 LEAST_ROWS = 16  # a chunk has at least so many rows, however large the vocabulary
 
@@ -27,12 +28,16 @@ class Head:
         self.vocab = weight.shape[0]
         self.row_bytes = self.vocab * self.dtype.itemsize
         self.max_rows = max(LEAST_ROWS, chunk_bytes // self.row_bytes)
-        width = VOCAB_BLOCK
+        self._widest = self.vocab
         if weight.dtype != self.dtype:
-            width = min(width, max(1, UPCAST_BYTES // (weight.shape[1] * self.dtype.itemsize)))
-        self.blocks = [(a, min(a + width, self.vocab)) for a in range(0, self.vocab, width)]
-        self.widest = max(b - a for a, b in self.blocks)
+            self._widest = max(1, UPCAST_BYTES // (weight.shape[1] * self.dtype.itemsize))
         self._buffer = weight.new_empty((0, self.vocab), dtype=self.dtype)
+
+    def blocks(self, rows: int) -> list[tuple[int, int]]:
+        """The vocabulary in blocks for so many rows."""
+        width = max(LEAST_WIDTH, BLOCK_BYTES // (max(1, rows) * self.dtype.itemsize))
+        width = min(width, self._widest)
+        return [(a, min(a + width, self.vocab)) for a in range(0, self.vocab, width)]
 
     def block(self, a: int, b: int) -> Tensor:  # [b - a, D]
         """Rows a to b of W, in the dtype of the products."""
@@ -50,13 +55,13 @@ class Head:
         if self._buffer.shape[0] < n:
             self._buffer = self.weight.new_empty((n, self.vocab), dtype=self.dtype)
         out, x = self._buffer[:n], x.to(self.dtype)
-        for a, b in self.blocks:
+        for a, b in self.blocks(n):
             self.multiply(x, self.block(a, b), a, out[:, a:b])
         return out
 
     def back_to_rows(self, g: Tensor) -> Tensor:  # [n, V] -> [n, D]
         """g W."""
         out = g.new_zeros(g.shape[0], self.weight.shape[1])
-        for a, b in self.blocks:
+        for a, b in self.blocks(g.shape[0]):
             out.addmm_(g[:, a:b], self.block(a, b))
         return out

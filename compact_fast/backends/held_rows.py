@@ -21,6 +21,7 @@ class HeldRows:
 
     head: Head
     storage: Tensor  # [n * V]
+    blocks: list[tuple[int, int]]
     peaks: list[Tensor] = field(default_factory=list)  # [n] each; the peak of each block
 
     def block(self, a: int, b: int) -> Tensor:
@@ -30,7 +31,7 @@ class HeldRows:
 
     def replace(self, start: int, gradients: Tensor) -> None:
         """Put finished logit gradients [m, V] in the place of the rows from `start` on."""
-        for a, b in self.head.blocks:
+        for a, b in self.blocks:
             self.block(a, b)[start : start + gradients.shape[0]] = gradients[:, a:b]
 
     def add_to(
@@ -44,11 +45,12 @@ class HeldRows:
         runs: list[tuple[int, int]],
     ) -> None:
         """Add the gradients of these runs of rows; `factor` x exp(z - last peak) = gradient."""
+        overwrite = grads.unwritten
         for first, end in runs:
             rows = slice(first, end)
             into = torch.zeros_like(x[rows]) if grads.hidden is not None else None
             before = None
-            for (a, b), peak in zip(self.head.blocks, self.peaks, strict=True):
+            for (a, b), peak in zip(self.blocks, self.peaks, strict=True):
                 exps, block = self.block(a, b)[rows], self.head.block(a, b)
                 behind = _ratio(peak, last, replaced)[rows]
                 if into is not None:
@@ -58,13 +60,13 @@ class HeldRows:
                     before = peak
                 scale = factor[rows] * behind
                 if grads.weight is not None:
-                    grads.weight[a:b].addmm_(exps.T, x[rows] * scale[:, None])
+                    scaled, beta = x[rows] * scale[:, None], 0 if overwrite else 1
+                    grads.weight[a:b].addmm_(exps.T, scaled, beta=beta)
                 if grads.bias is not None:
                     grads.bias[a:b].addmv_(exps.T, scale)
+            overwrite = grads.unwritten = False
             if into is not None and grads.hidden is not None:
-                assert before is not None
-                scale = factor * _ratio(before, last, replaced)
-                grads.hidden[at[rows]] = into.mul_(scale[rows, None])
+                grads.hidden[at[rows]] = into.mul_(factor[rows, None])
 
 
 def _ratio(old: Tensor, new: Tensor, replaced: slice) -> Tensor:

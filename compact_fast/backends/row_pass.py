@@ -59,7 +59,7 @@ class RowPass:
         x, targets = self.take(rows), self.targets[rows]
         online = OnlineRows(targets, head.dtype, self._full and not again)
         into = x.new_zeros(back, x.shape[1])
-        for a, b in head.blocks:
+        for a, b in head.blocks(rows.numel()) if held is None else held.blocks:
             block = head.block(a, b)
             z = self._room(rows.numel(), b - a) if held is None else held.block(a, b)
             head.multiply(x, block, a, z)
@@ -114,7 +114,7 @@ class RowPass:
 
     def room_to_hold(self, n: int) -> HeldRows:
         """Room for n rows; the next call takes it away."""
-        return HeldRows(self.head, self._storage(n * self.head.vocab))
+        return HeldRows(self.head, self._storage(n * self.head.vocab), self.head.blocks(n))
 
     def _room(self, n: int, w: int) -> Tensor:
         return self._storage(n * w).view(n, w)

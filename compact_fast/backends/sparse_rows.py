@@ -36,7 +36,7 @@ class Left:
     @classmethod
     def nothing(cls, limit: float, head: Head, grads: GradientSums) -> Left:
         """Before the first rows."""
-        norms = torch.cat([head.block(a, b).norm(dim=1) for a, b in head.blocks])
+        norms = torch.cat([head.block(a, b).norm(dim=1) for a, b in head.blocks(1)])
         zeros = torch.zeros_like(norms)
         return cls(
             limit,

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from compact_fast.backends.consistency import AnswerRows, Spans, add_consistency
 from compact_fast.backends.gradients import GradientSums
-from compact_fast.backends.head import LEAST_ROWS, Head
+from compact_fast.backends.head import BLOCK_BYTES, LEAST_ROWS, LEAST_WIDTH, Head
 from compact_fast.backends.online import Softmax, Statistics
 from compact_fast.backends.protocol import ABI, Gradients, LossResult, Needs, RunSpec
 from compact_fast.backends.row_pass import RowPass, runs
@@ -47,7 +47,6 @@ from compact_fast.scores import (
 CHUNK_BYTES = 48 << 20  # exponentials held at once; 256 rows of a 49,152-word vocabulary in float32
 HOLD_BYTES = 160 << 20  # the same for one question that does not fit a chunk
 ANSWER_BYTES = 24 << 20  # logits of answer spans, kept until their questions' weights are known
-STREAM_BYTES = 16 << 20  # logits of one block of the vocabulary: 1,024 rows, to stay in cache
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class TorchBackend:
     ) -> LossResult:
         """See CompactBackend."""
         head = Head(weight, bias, self.chunk_bytes)
-        grads = GradientSums.zeros(hidden, weight, bias, needs, head.dtype)
+        grads = GradientSums.empty(hidden, weight, bias, needs, head.dtype)
         rows = RowPass(head, hidden, layout.targets, self._stream_rows(head), statistics)
         work = _Pass(self, layout, consensus, attention, config, normalizer, rows, grads)
         return work.run(bias)
@@ -111,15 +110,16 @@ class TorchBackend:
     ) -> Gradients:
         """See CompactBackend; logits are made again."""
         head = Head(weight, bias, self.chunk_bytes)
-        grads = GradientSums.zeros(hidden, weight, bias, needs, head.dtype)
+        grads = GradientSums.empty(hidden, weight, bias, needs, head.dtype)
         work = RowPass(head, hidden, targets, self._stream_rows(head), statistics=False)
         wanted = (targets >= 0) & (grad_logp != 0)
         work.add_again(grads, wanted.nonzero().squeeze(1), -grad_logp)
         return grads.finish(1.0, hidden, weight, bias)
 
     def _stream_rows(self, head: Head) -> int:
-        block = head.widest * head.dtype.itemsize
-        return max(LEAST_ROWS, min(STREAM_BYTES, self.chunk_bytes) // block)
+        """So many rows that blocks of the vocabulary have their least width."""
+        block = min(LEAST_WIDTH, head.vocab) * head.dtype.itemsize
+        return max(LEAST_ROWS, min(BLOCK_BYTES, self.chunk_bytes) // block)
 
 
 @dataclass(frozen=True)

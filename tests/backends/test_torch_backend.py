@@ -30,7 +30,9 @@ FLAGS = ("filtered", "nonfinite", "skipped", "token_correct")
 @pytest.fixture(autouse=True, params=[4096, 32], ids=["one block", "four blocks"])
 def vocabulary_blocks(request, monkeypatch):
     """Everything in one block of the 97-word vocabulary, and in four."""
-    monkeypatch.setattr(head_module, "VOCAB_BLOCK", request.param)
+    monkeypatch.setattr(head_module, "LEAST_WIDTH", request.param)
+    if request.param < 97:
+        monkeypatch.setattr(head_module, "BLOCK_BYTES", 0)
 
 
 def run(batch, config, backend, *, frozen=False, bias=True, upstream=1.7):
