@@ -185,6 +185,10 @@ class TrainingSettings:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
+    compile_body: bool = False
+    """Compile the student's body by torch.compile, as one graph. Rationales are then padded to
+    multiples of 128 tokens, as every new shape is compiled anew."""
+
     share_prompts: bool = True
     """Read a question's prompt once for all its rationales, where the student can take it and it
     saves work. Equal but for rounding."""

@@ -51,9 +51,10 @@ def read(
     config: RunConfig, *, quarantine: Path | None = None, write: bool = True, training: bool = True
 ) -> Inputs:
     """Read the data first, so that what is wrong with it shows at once, then all the rest."""
-    from compact_fast.pipeline.corpus import read_corpus
+    from compact_fast.pipeline.corpus import cache_folder, read_corpus
 
-    corpus = read_corpus(config, quarantine=quarantine)
+    kept = cache_folder(config) / "questions" if write else None
+    corpus = read_corpus(config, quarantine=quarantine, cache_dir=kept)
     held = f", {len(corpus.held_out):,} held out" if corpus.held_out else ""
     say(f"Data       {corpus.source}: {len(corpus.train):,} questions{held}")
     if corpus.quarantined:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from compact_fast.data.records import Question, select_teachers, teachers_of
 from compact_fast.run_config import ARITHMETIC, RunConfig
@@ -34,11 +36,14 @@ class Corpus:
         return [*self.train, *self.held_out]
 
 
-def read_corpus(config: RunConfig, *, quarantine: Path | None = None) -> Corpus:
+def read_corpus(
+    config: RunConfig, *, quarantine: Path | None = None, cache_dir: Path | None = None
+) -> Corpus:
     """Read `data`, or draw it from the built-in world, and hold a share of the questions out.
 
     Broken records go to the file `quarantine` when on_error is "skip" (None: they are only
-    counted). Raises ValueError as the readers do, and when nothing is left to train on.
+    counted). With a `cache_dir` the questions of a faultless file are kept there. Raises ValueError
+    as the readers do, and when nothing is left to train on.
     """
     source, teachers = str(config.run.data), config.data.teachers
     skipped = 0
@@ -50,7 +55,7 @@ def read_corpus(config: RunConfig, *, quarantine: Path | None = None) -> Corpus:
             f"the built-in world ({config.world.world_scenario}, seed {config.world.world_seed})"
         )
     else:
-        questions, skipped = _read(config, source, quarantine)
+        questions, skipped = _read(config, source, quarantine, cache_dir)
     if teachers is not None:
         questions = select_teachers(questions, teachers)
     else:
@@ -62,17 +67,36 @@ def read_corpus(config: RunConfig, *, quarantine: Path | None = None) -> Corpus:
     return Corpus(train, held_out, list(teachers), source, skipped)
 
 
-def _read(config: RunConfig, source: str, quarantine: Path | None) -> tuple[list[Question], int]:
+def _read(
+    config: RunConfig, source: str, quarantine: Path | None, cache_dir: Path | None
+) -> tuple[list[Question], int]:
     from compact_fast.data import read_questions
+    from compact_fast.data.kept import kept_questions
 
-    found = read_questions(
-        source,
-        split=config.data.split,
-        on_error=config.data.on_error,
-        quarantine=quarantine,
-        limit=config.data.limit,
-    )
-    return list(found), found.skipped
+    options: dict[str, Any] = {
+        "split": config.data.split,
+        "on_error": config.data.on_error,
+        "limit": config.data.limit,
+    }
+
+    def read() -> tuple[list[Question], int]:
+        found = read_questions(source, quarantine=quarantine, **options)
+        return list(found), found.skipped
+
+    return kept_questions(source, cache_dir, options, read)
+
+
+def cache_folder(config: RunConfig) -> Path:
+    """Where questions, tokenised data and consensus scores are kept.
+
+    `cache_dir`, else $COMPACT_FAST_CACHE, else compact_fast in the user's cache folder.
+    """
+    if config.data.cache_dir is not None:
+        return Path(config.data.cache_dir)
+    if named := os.environ.get("COMPACT_FAST_CACHE"):
+        return Path(named)
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "compact_fast"
 
 
 def world_questions(config: RunConfig) -> list[Question]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from compact_fast.pipeline.agreement import (
     mean_with_others,
     teacher_table,
 )
-from compact_fast.pipeline.corpus import Corpus, share_right
+from compact_fast.pipeline.corpus import Corpus, cache_folder, share_right
 from compact_fast.run_config import RunConfig
 from compact_fast.students import LoraSettings, Student, load_student
 from compact_fast.tables import percent, table
@@ -119,19 +117,6 @@ def tokenize_options(config: RunConfig) -> TokenizeOptions:
         system_prompt=d.system_prompt,
         system_role=d.system_role,
     )
-
-
-def cache_folder(config: RunConfig) -> Path:
-    """Where tokenised data and consensus scores are kept.
-
-    `cache_dir`, else $COMPACT_FAST_CACHE, else compact_fast in the user's cache folder.
-    """
-    if config.data.cache_dir is not None:
-        return Path(config.data.cache_dir)
-    if named := os.environ.get("COMPACT_FAST_CACHE"):
-        return Path(named)
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "compact_fast"
 
 
 def _split(

@@ -15,7 +15,7 @@ from compact_fast.config import CompactConfig
 _REFUSED: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0, "the loss has no label smoothing"),
     "use_liger_kernel": (False, "the loss has kernels of its own; see backend"),
-    "torch_compile": (False, "compilation of the student is not supported"),
+    "torch_compile": (False, "use compile_body"),
     "fp16": (False, "fp16 is not supported; use bf16, or fp32"),
     "fsdp": ("", "sharded students are not supported"),
     "deepspeed": (None, "DeepSpeed is not supported"),
@@ -58,6 +58,10 @@ class CompactTrainingArguments(TrainingArguments):
     """Tokens in one forward pass on one device, as many whole questions as fit, in place of
     per_device_train_batch_size questions. A longer question goes alone."""
 
+    compile_body: bool = False
+    """Compile the student's body by torch.compile, as one graph, for training. Rationales are then
+    padded to multiples of 128 tokens, as every new shape is compiled anew."""
+
     eval_batch_tokens: int = 16384
     """Padded tokens in one forward pass of the evaluation."""
 
@@ -88,6 +92,11 @@ class CompactTrainingArguments(TrainingArguments):
             raise ValueError(f"fusion={self.fusion!r}: expected packed or per_teacher")
         if self.max_tokens_per_step is not None and self.max_tokens_per_step < 1:
             raise ValueError(f"max_tokens_per_step={self.max_tokens_per_step}: expected at least 1")
+        if self.compile_body and (self.gradient_checkpointing or self.compact.mi == "pvi"):
+            what = "mi='pvi'" if self.compact.mi == "pvi" else "gradient_checkpointing"
+            raise ValueError(f"compile_body=True: not together with {what}")
+        if self.compile_body and self.fusion == "per_teacher":
+            raise ValueError("compile_body=True: not together with fusion='per_teacher'")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True: every column of the rows is used")
         if not self.teachers:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from compact_fast.inputs import mi_is_used
 from compact_fast.students import (
     attention_projections,
     body_and_head,
+    causal_model,
     check_head,
     prepare_checkpointing,
 )
@@ -97,8 +99,14 @@ class CompactTrainer(CheckpointedTrainer):
             args.thinking_ids,
             share_prompts=args.share_prompts,
             device=args.device,
+            compiled=args.compile_body,
         )
         self._packing = collator.packing
+        if args.compile_body and self._packing.kind != "mask":
+            raise ValueError(
+                "compile_body=True: needs prompts shared through a mask, but "
+                f"{self._packing.reason or 'this student keeps sliding windows'}"
+            )
         super().__init__(
             model=model,
             args=args,
@@ -289,7 +297,9 @@ class CompactTrainer(CheckpointedTrainer):
         mine = [rows[i] for i in range(rank, len(rows), world)]
         sums = torch.zeros((len(self.args.teachers), 2), dtype=torch.float64)
         if mine:
-            with self.accelerator.autocast():
+            # Not compiled: its shapes are those of the questions.
+            eager = torch.compiler.set_stance("force_eager")
+            with self.accelerator.autocast(), eager:
                 found = rationale_nll(
                     self.model,
                     mine,
@@ -328,7 +338,8 @@ class CompactTrainer(CheckpointedTrainer):
         self._window.reset()
         set_seed(self.args.seed)  # what ran since the trainer was made must not matter
         try:
-            result = super().train(*args, **kwargs)
+            with self._compiled():
+                result = super().train(*args, **kwargs)
         except BaseException as error:
             self._display.close()
             lost = _lost_process(error, self.args)
@@ -338,6 +349,19 @@ class CompactTrainer(CheckpointedTrainer):
                 raise lost from error
             raise
         return result
+
+    @contextmanager
+    def _compiled(self) -> Iterator[None]:
+        """Inside, the student's body is compiled where that was asked for."""
+        if not self.args.compile_body:
+            yield
+            return
+        body = causal_model(self.model).base_model
+        body.compile(fullgraph=True)
+        try:
+            yield
+        finally:
+            body._compiled_call_impl = None
 
     def window_state(self) -> dict[str, Any]:
         """Adds the per-teacher sums."""

@@ -289,6 +289,53 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, lora: bool) -> N
         torch.testing.assert_close(plain[name], checkpointed[name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_compiled_body_is_one_graph_and_trains_alike(tmp_path: Path, lora: bool) -> None:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    common: dict[str, Any] = {"config": BLEND, "max_steps": 4, "eval_rows": make_rows(3)}
+    common["eval_strategy"] = "epoch"
+    plain = trained(make_trainer(tmp_path / "a", make_student(lora=lora), **common))
+    trainer = make_trainer(tmp_path / "b", make_student(lora=lora), compile_body=True, **common)
+    compiled = trained(trainer)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    for name in plain:
+        torch.testing.assert_close(plain[name], compiled[name], rtol=1e-4, atol=1e-5)
+    assert causal_model(trainer.model).base_model._compiled_call_impl is None
+
+
+def test_a_frozen_base_makes_no_weight_gradients(tmp_path: Path) -> None:
+    """LoRA: no product of the backward pass is of a frozen weight's shape."""
+    model = make_student(lora=True)
+    trainer = make_trainer(tmp_path, model)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.profiler.profile(record_shapes=True) as trace:
+        trainer.compute_loss(model, batch).backward()
+    assert all((p.grad is not None) is p.requires_grad for p in model.parameters())
+    frozen = {tuple(p.shape) for p in model.parameters() if not p.requires_grad and p.dim() == 2}
+    N = batch["input_ids"].numel()
+    made = [
+        (a[0], b[1])
+        for event in trace.events()
+        if event.name == "aten::mm" and len(event.input_shapes) > 1
+        for a, b in [event.input_shapes[:2]]
+        if len(a) == len(b) == 2 and a[1] == N
+    ]
+    assert made  # the adapters' own
+    assert not frozen & ({*made} | {(b, a) for a, b in made})
+
+
+def test_what_does_not_go_with_compilation_is_refused(tmp_path: Path) -> None:
+    for changes in ({"gradient_checkpointing": True}, {"config": CompactConfig(mi="pvi")}):
+        with pytest.raises(ValueError, match="compile_body=True: not together with"):
+            make_trainer(tmp_path, compile_body=True, **changes)
+    with pytest.raises(ValueError, match=r"compile_body=True: needs prompts shared .*is off"):
+        make_trainer(tmp_path, compile_body=True, share_prompts=False)
+
+
 def test_with_an_adapter_only_the_adapter_moves(tmp_path: Path) -> None:
     model = make_student(lora=True)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
