@@ -20,7 +20,10 @@ Rows that get weight 0 whatever the student says (filtered, fixed) are never mul
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -43,6 +46,8 @@ from compact_fast.scores import (
     pointwise_information,
     teacher_weights,
 )
+
+logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 48 << 20  # exponentials held at once; 256 rows of a 49,152-word vocabulary in float32
 HOLD_BYTES = 160 << 20  # the same for one question that does not fit a chunk
@@ -221,6 +226,8 @@ class _Pass:
             logits = None if answers is None else answers.logits
             soft = work.measure(rows, held=held, kept=logits, at=group.plain)
         else:
+            if grads.head and n:
+                _say_twice(n, self.backend.hold_bytes)
             self._measure_streamed(group, back=not grads.head)
         scores = self._score(group, work.stats, self.gold_logit)
         alpha = scores[2].weights
@@ -333,7 +340,7 @@ class _Pass:
         head = self.work.head
         return max(head.max_rows, self.backend.hold_bytes // head.row_bytes)
 
-    def _groups(self) -> list[_Group]:
+    def _groups(self) -> Iterator[_Group]:
         """Whole questions, as many as go through together; a larger one stands alone."""
         layout, config = self.layout, self.config
         held = self.grads.head or self.left is not None
@@ -350,7 +357,7 @@ class _Pass:
             0 if self.spans is None else len(self.spans.positions(q, live))
             for q in range(layout.num_questions)
         ]
-        groups, first = [], 0
+        first = 0
         for q in range(layout.num_questions):
             last = q + 1 == layout.num_questions
             if (
@@ -359,9 +366,8 @@ class _Pass:
                 or sum(sizes[first : q + 2]) > room
             ):
                 rows = all_rows[row_bounds[first] : row_bounds[q + 1]]
-                groups.append(self._group(range(first, q + 1), rows, live))
+                yield self._group(range(first, q + 1), rows, live)
                 first = q + 1
-        return groups
 
     def _group(self, questions: range, rows: Tensor, live: list[bool]) -> _Group:
         layout, head = self.layout, self.work.head
@@ -451,6 +457,16 @@ class _Pass:
             correct=cut["correct"],
         )
         return mi, nll, shares
+
+
+@cache
+def _say_twice(rows: int, hold_bytes: int) -> None:
+    logger.info(
+        "a question of %s rows does not fit hold_bytes=%s: with a trained head its logits are "
+        "made twice",
+        f"{rows:,}",
+        f"{hold_bytes:,}",
+    )
 
 
 def _join(parts: list[TeacherWeights]) -> TeacherWeights:

@@ -63,10 +63,11 @@ def make_problem(
     device: torch.device,
     seed: int = 0,
     spread: float = 4.0,  # standard deviation of the logits
+    length: int = LENGTH,
 ) -> Problem:
     """A random batch. Rows are cut to whole questions of equal rationales."""
     generator = torch.Generator().manual_seed(seed)
-    questions = max(1, shape.rows // (TEACHERS * LENGTH))
+    questions = max(1, shape.rows // (TEACHERS * length))
     length = max(4, shape.rows // (TEACHERS * questions))
     S = TEACHERS * questions
     shape = replace(shape, rows=S * length)

@@ -1,0 +1,150 @@
+"""Time and memory of the loss on a CPU, as multiples of the bare products.
+
+    OMP_NUM_THREADS=2 python -m bench.loss_speed [--rounds 5] [--large]
+
+Variants run in turns (A B C A B C ...) and medians are compared; memory is how far a process of
+its own grew at its peak, gradients included, after the same call on a tiny batch. Writes
+bench/results/loss_speed.csv (loss_speed_large.csv) and, without --large, docs/loss_speed.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.measure import in_fresh_process, interleaved, median, print_table, write_csv
+
+PICTURE = Path(__file__).parents[1] / "docs" / "loss_speed.png"
+SLOW = ("F.linear_cross_entropy",)  # an order of magnitude: two rounds are enough
+
+
+def _resident_mb() -> float:
+    import os
+
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def memory(case: dict[str, Any]) -> dict[str, Any]:
+    """Peak growth of this process in one call, in MB."""
+    from bench import loss_variants as lv
+    from compact_fast.benchmark.loss import Shape
+
+    tiny = lv.problem(Shape(256, 1000, 32), frozen=case["frozen"])
+    lv.variants(tiny)[case["variant"]]()
+    p = lv.problem(lv.LARGE if case["large"] else lv.SMALL, frozen=case["frozen"])
+    run = lv.variants(p)[case["variant"]]
+    before = top = _resident_mb()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal top
+        while not done.is_set():
+            top = max(top, _resident_mb())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run()
+    done.set()
+    watcher.join()
+    return {"peak_mb": round(max(top, _resident_mb()) - before)}
+
+
+def times(frozen: bool, unlabelled: float, large: bool, rounds: int) -> list[dict[str, Any]]:
+    """One row a variant: milliseconds and multiples of the bare products."""
+    from bench import loss_variants as lv
+
+    p = lv.problem(lv.LARGE if large else lv.SMALL, frozen=frozen, unlabelled=unlabelled)
+    runs = lv.variants(p)
+    if unlabelled or large:  # a question of its own, of our variants and the best of the others
+        runs = {n: r for n, r in runs.items() if n.startswith(("bare", "compact", "torch.comp"))}
+    quick = {name: run for name, run in runs.items() if name not in SLOW}
+    found = interleaved(quick, rounds=rounds)
+    for name in runs.keys() - quick.keys():
+        found[name] = interleaved({name: runs[name]}, rounds=2, warm_up=0)[name]
+    bare = median(found["bare products"])
+    return [
+        {
+            "shape": str(p.shape),
+            "head": "frozen" if frozen else "trained",
+            "unlabelled": unlabelled,
+            "variant": name,
+            "ms": round(1e3 * median(found[name]), 1),
+            "times_bare": round(median(found[name]) / bare, 3),
+            "least_ms": round(1e3 * min(found[name]), 1),
+            "times_least_bare": round(min(found[name]) / min(found["bare products"]), 3),
+        }
+        for name in runs
+    ]
+
+
+def main() -> None:
+    """Measure, print, keep."""
+    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
+        print(json.dumps(memory(json.loads(sys.argv[1]))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--large", action="store_true", help="V=151,936, D=896, T=2,048")
+    chosen = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for frozen in (True, False):
+        for unlabelled in (0.0,) if chosen.large else (0.0, 0.35):
+            rows += times(frozen, unlabelled, chosen.large, chosen.rounds)
+    for row in rows:
+        if not row["unlabelled"]:
+            case = {
+                "variant": row["variant"],
+                "frozen": row["head"] == "frozen",
+                "large": chosen.large,
+            }
+            row |= in_fresh_process("bench.loss_speed", case)
+    print_table(rows)
+    print(write_csv("loss_speed_large" if chosen.large else "loss_speed", rows))
+    if not chosen.large:
+        picture(rows)
+        print(PICTURE)
+
+
+def picture(rows: list[dict[str, Any]]) -> None:
+    """Time and memory of every variant, frozen and trained."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharey="row", layout="constrained")
+    for line, head in zip(axes, ("frozen", "trained"), strict=True):
+        chosen = [
+            r for r in rows
+            if r["head"] == head and not r["unlabelled"] and r["variant"] != "bare products"
+        ][::-1]  # fmt: skip
+        names = [r["variant"] for r in chosen]
+        colors = ["#0072b2" if n.startswith("compact_loss") else "#999999" for n in names]
+        products = 2 if head == "frozen" else 3
+        for axis, key, label in (
+            (line[0], "times_bare", f"time, multiples of the {products} bare products"),
+            (line[1], "peak_mb", "peak memory beyond the inputs, MB"),
+        ):
+            values = [float(r[key]) for r in chosen]
+            axis.barh(names, values, color=colors)
+            longest = max(values)
+            for place, value in enumerate(values):
+                text = f"{value:.2f}" if key == "times_bare" else f"{value:.0f}"
+                axis.text(value + longest / 80, place, text, va="center", fontsize=9)
+            axis.set_xlim(0, longest * 1.12)
+            axis.set_xlabel(label)
+            axis.spines[["top", "right"]].set_visible(False)
+        line[0].axvline(1, color="black", linewidth=0.8, linestyle=":")
+        line[0].set_title(f"{head} head", loc="left", fontsize=11)
+    figure.savefig(PICTURE, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
