@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,7 +82,7 @@ def forecast(config: RunConfig, model: Any, rows: Sequence[Mapping[str, Any]]) -
     per_update = t.questions_per_step * t.gradient_accumulation_steps * processes
     if t.max_tokens_per_step is not None:
         per_update = round(len(rows) * epochs / steps)  # on average
-    packed, per_teacher = memory(config, model, rows)
+    packed, per_teacher = memory(config, model, lengths)
     available = device_memory()
     fusion: Literal["packed", "per_teacher"]
     if t.fusion == "auto":
@@ -102,18 +103,21 @@ def forecast(config: RunConfig, model: Any, rows: Sequence[Mapping[str, Any]]) -
 
 
 def memory(
-    config: RunConfig, model: Any, rows: Sequence[Mapping[str, Any]]
+    config: RunConfig, model: Any, lengths: tuple[Ints, Ints, Ints, Ints]
 ) -> tuple[Memory, Memory]:
-    """Peaks of training all rationales at once, and one at a time."""
+    """Peaks of training all rationales at once, and one at a time.
+
+    `lengths` are those of `question_lengths`.
+    """
     t, head = config.training, body_and_head(model)
     vocabulary, width = head.weight.shape
-    taken = sorted(map(packing_of(config, model).positions, rows), reverse=True)
+    taken = -np.sort(-packing_of(config, model).positions(*lengths))
     if t.max_tokens_per_step is None:
-        largest = sum(taken[: t.questions_per_step])
+        largest = int(taken[: t.questions_per_step].sum())
     else:
-        largest = max(taken[0], min(t.max_tokens_per_step, sum(taken)))
-    longest = max(len(row["prompt_ids"]) + len(c) for row in rows for c in row["completion_ids"])
-    teachers = max(len(row["completion_ids"]) for row in rows)
+        largest = max(int(taken[0]), min(t.max_tokens_per_step, int(taken.sum())))
+    prompts, _, completions, counts = lengths
+    longest, teachers = int((prompts + completions).max()), int(counts.max())
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     trained_bytes = sum(p.numel() * p.element_size() for p in trained)

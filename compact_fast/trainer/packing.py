@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from compact_fast.students import body_and_head, causal_model, inference
-from compact_fast.trainer.batching import Ints, question_lengths
+from compact_fast.trainer.batching import Ints
 from compact_fast.trainer.segments import (
     NO_MASK,
     attending_by_segments,
@@ -60,12 +60,18 @@ class Packing:
             return prompt + completions, np.ones_like(count)
         return prompt + longest, count
 
-    def positions(self, row: Mapping[str, Any]) -> int:
-        """Tokens the body reads for a question alone in its pass, padding included."""
-        if self.kind == "mask" and not is_cheaper([row], self.width):
-            return Packing().positions(row)
-        sizes, rows = self.sizes(*question_lengths([row]))
-        return int(sizes[0]) * (1 if rows is None else int(rows[0]))
+    def positions(self, prompt: Ints, completions: Ints, longest: Ints, count: Ints) -> Ints:
+        """Tokens the body reads for each question alone in its pass, padding included, [n].
+
+        Given is what `sizes` takes.
+        """
+        sizes, rows = self.sizes(prompt, completions, longest, count)
+        read = sizes if rows is None else sizes * rows
+        if self.kind != "mask":
+            return read
+        length = prompt + longest
+        masked = _operations(sizes, self.width, 4)
+        return np.where(masked < count * _operations(length, self.width, 2), read, length * count)
 
     def describe(self, rows: int, tokens: int, saved: int) -> str:
         """One line for people: what is read, and what sharing saves."""
@@ -212,8 +218,12 @@ def is_cheaper(rows: Sequence[Mapping[str, Any]], width: int) -> bool:
     N = max(_length(row) for row in rows)
     S = sum(len(row["completion_ids"]) for row in rows)
     L = max(len(r["prompt_ids"]) + len(c) for r in rows for c in r["completion_ids"])
-    shared = len(rows) * (24 * width * N + 4 * N * N)
-    return shared < S * (24 * width * L + 2 * L * L)
+    return bool(len(rows) * _operations(N, width, 4) < S * _operations(L, width, 2))
+
+
+def _operations(length: Any, width: int, pairs: int) -> Any:
+    """Operations of a row, over the width and a constant; `pairs` for each pair of tokens."""
+    return 24 * width * length + pairs * length * length
 
 
 def _length(row: Mapping[str, Any]) -> int:

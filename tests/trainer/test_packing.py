@@ -28,6 +28,7 @@ from transformers import (
 
 from compact_fast.config import CompactConfig
 from compact_fast.students import LoraSettings, add_lora
+from compact_fast.trainer.batching import question_lengths
 from compact_fast.trainer.packing import (
     PADDING,
     Packing,
@@ -247,7 +248,7 @@ def test_gathered_tokens_are_those_of_the_layout(count: int, seed: int, shared: 
     length = segments["input_ids"].numel()
     assert length == (used if shared else layout.num_tokens)
     assert length == sum(map(sum, segments["trees"]))
-    assert length == sum(Packing("segments", shared=shared).positions(r) for r in rows)
+    assert length == Packing("segments", shared=shared).positions(*question_lengths(rows)).sum()
 
 
 @settings(max_examples=50, deadline=None)
@@ -276,6 +277,13 @@ def test_sharing_is_left_where_it_costs_more() -> None:
     single[0].update(answer_spans=single[0]["answer_spans"][:1], consensus=[1.0])
     masking = Packing("mask", shared=True, width=16)
     assert "segments" not in Collator(tuple(THINKING), 0, packing=masking)(single)
-    assert masking.positions(single[0]) == sum(
-        len(single[0][name]) for name in ("prompt_ids",)
-    ) + len(single[0]["completion_ids"][0])
+    alone = len(single[0]["prompt_ids"]) + len(single[0]["completion_ids"][0])
+    assert masking.positions(*question_lengths(single)).tolist() == [alone]
+    some = make_rows(12)
+    for width in (1, 16, 1000):
+        masking = Packing("mask", shared=True, width=width)
+        for row, found in zip(some, masking.positions(*question_lengths(some)), strict=True):
+            kind = masking if is_cheaper([row], width) else PADDED
+            sizes, rows = kind.sizes(*question_lengths([row]))
+            assert rows is not None
+            assert found == sizes[0] * rows[0]
