@@ -30,7 +30,7 @@ def test_measure_tells_time_memory_and_errors():
     found = measure(
         {
             "slow": lambda: time.sleep(0.02),
-            "large": lambda: held.append(torch.ones(8_000_000)) or held.clear(),
+            "large": lambda: held.append(torch.ones(32_000_000)) or held.clear(),
             "broken": broken,
         },
         CPU,
@@ -40,5 +40,5 @@ def test_measure_tells_time_memory_and_errors():
     assert found["broken"].milliseconds is None
     assert found["slow"].milliseconds > 19
     if found["large"].peak_mb is not None:  # Linux
-        assert 25 < found["large"].peak_mb < 60
+        assert 110 < found["large"].peak_mb < 160
         assert found["slow"].peak_mb < 20

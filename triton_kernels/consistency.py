@@ -187,14 +187,15 @@ def consistency(
         num_warps=8, num_stages=1, **UNFUSED,
     )  # fmt: skip
     block_k = next_power_of_2(teachers)
-    # 1,024 entries a program: of twice as many, masks do not fit the scalar registers of gfx942
+    # 1,024 entries a program: of twice as many, masks do not fit the scalar registers of gfx942;
+    # with half the warps sm_100 spills
     block_v = max(32, min(512, 1024 // block_k))
     stretch = 16 * block_v  # 4,096 columns of 4 teachers: 38 stretches of 151,936 words
     grid = (n // teachers, triton.cdiv(V, stretch))
     spread = torch.empty(grid[1], n, dtype=torch.float32, device=logits.device)
     value = torch.empty(grid[0], dtype=torch.float32, device=logits.device)
     sizes = {
-        "STRETCH": stretch, "BLOCK_K": block_k, "BLOCK_V": block_v, "num_warps": 4,
+        "STRETCH": stretch, "BLOCK_K": block_k, "BLOCK_V": block_v, "num_warps": 8,
         "num_stages": 1, **UNFUSED,
     }  # fmt: skip
     pair_products_kernel[grid](

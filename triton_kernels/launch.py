@@ -80,11 +80,9 @@ LOGITS_GEMM_CANDIDATES = {
     ),
     "sm_90": (
         GemmConfig(128, 128, 64, 8, 4, True, "smaller tiles, a deeper pipeline"),
-        GemmConfig(128, 128, 64, 4, 4, True, "one warp group: its epilogue keeps fewer warps busy"),
         GemmConfig(64, 256, 64, 8, 3, True, "more programs for a chunk of few rows"),
     ),
     "sm_100": (
-        GemmConfig(128, 128, 64, 4, 4, True, "fewer warps to read the accumulator back"),
         GemmConfig(128, 64, 64, 4, 4, True, "a narrower epilogue"),
     ),
     "gfx942": (
