@@ -1,33 +1,35 @@
 """Time and memory of the loss on a CPU, as multiples of the bare products.
 
-    OMP_NUM_THREADS=2 python -m bench.loss_speed [--rounds 5] [--large]
+    OMP_NUM_THREADS=2 python -m bench.loss_speed [time] [memory] [--rounds 7] [--large]
 
 Variants run in turns (A B C A B C ...) and medians are compared; memory is how far a process of
-its own grew at its peak, gradients included, after the same call on a tiny batch. Writes
-bench/results/loss_speed.csv (loss_speed_large.csv) and, without --large, docs/loss_speed.png.
+its own grew at its peak, gradients included, after the same call on a tiny batch; `memory` alone
+adds it to the times that are there. Writes bench/results/loss_speed.csv (loss_speed_large.csv) and,
+without --large, docs/loss_speed.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
-from bench.measure import in_fresh_process, interleaved, median, print_table, write_csv
+from bench.measure import (
+    RESULTS,
+    in_fresh_process,
+    interleaved,
+    median,
+    peak_growth_mb,
+    print_table,
+    where,
+    write_csv,
+)
 
 PICTURE = Path(__file__).parents[1] / "docs" / "loss_speed.png"
 SLOW = ("F.linear_cross_entropy",)  # an order of magnitude: two rounds are enough
-
-
-def _resident_mb() -> float:
-    import os
-
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def memory(case: dict[str, Any]) -> dict[str, Any]:
@@ -39,21 +41,7 @@ def memory(case: dict[str, Any]) -> dict[str, Any]:
     lv.variants(tiny)[case["variant"]]()
     p = lv.problem(lv.LARGE if case["large"] else lv.SMALL, frozen=case["frozen"])
     run = lv.variants(p)[case["variant"]]
-    before = top = _resident_mb()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal top
-        while not done.is_set():
-            top = max(top, _resident_mb())
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    run()
-    done.set()
-    watcher.join()
-    return {"peak_mb": round(max(top, _resident_mb()) - before)}
+    return {"peak_mb": round(peak_growth_mb(run))}
 
 
 def times(frozen: bool, unlabelled: float, large: bool, rounds: int) -> list[dict[str, Any]]:
@@ -90,24 +78,28 @@ def main() -> None:
         print(json.dumps(memory(json.loads(sys.argv[1]))))
         return
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("what", nargs="*", choices=("time", "memory"), default=["time", "memory"])
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--large", action="store_true", help="V=151,936, D=896, T=2,048")
     chosen = parser.parse_args()
+    name = "loss_speed_large" if chosen.large else "loss_speed"
     rows: list[dict[str, Any]] = []
-    for frozen in (True, False):
-        for unlabelled in (0.0,) if chosen.large else (0.0, 0.35):
-            rows += times(frozen, unlabelled, chosen.large, chosen.rounds)
-    for row in rows:
-        if not row["unlabelled"]:
-            case = {
-                "variant": row["variant"],
-                "frozen": row["head"] == "frozen",
-                "large": chosen.large,
-            }
-            row |= in_fresh_process("bench.loss_speed", case)
-    print_table(rows)
-    print(write_csv("loss_speed_large" if chosen.large else "loss_speed", rows))
-    if not chosen.large:
+    if "time" in chosen.what:
+        for frozen in (True, False):
+            for unlabelled in (0.0,) if chosen.large else (0.0, 0.35):
+                rows += times(frozen, unlabelled, chosen.large, chosen.rounds)
+    else:
+        with (RESULTS / f"{name}.csv").open(newline="") as file:
+            rows += csv.DictReader(file)
+    if "memory" in chosen.what:
+        for row in rows:
+            if float(row["unlabelled"]) == 0:
+                frozen = row["head"] == "frozen"
+                case = {"variant": row["variant"], "frozen": frozen, "large": chosen.large}
+                row |= in_fresh_process("bench.loss_speed", case)
+    print_table([{k: v for k, v in row.items() if k not in where()} for row in rows])
+    print(write_csv(name, rows))
+    if not chosen.large and "memory" in chosen.what:
         picture(rows)
         print(PICTURE)
 
@@ -123,7 +115,7 @@ def picture(rows: list[dict[str, Any]]) -> None:
     for line, head in zip(axes, ("frozen", "trained"), strict=True):
         chosen = [
             r for r in rows
-            if r["head"] == head and not r["unlabelled"] and r["variant"] != "bare products"
+            if r["head"] == head and float(r["unlabelled"]) == 0 and r["variant"] != "bare products"
         ][::-1]  # fmt: skip
         names = [r["variant"] for r in chosen]
         colors = ["#0072b2" if n.startswith("compact_loss") else "#999999" for n in names]
