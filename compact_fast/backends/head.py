@@ -14,6 +14,7 @@ from compact_fast.scores import statistics_dtype
 
 BLOCK_BYTES = 16 << 20  # logits of a block of the vocabulary, to stay in cache
 LEAST_WIDTH = 4096  # of a block, where there are many rows; narrower products are slower
+ALIGNED = 1024  # blocks are so many entries times n: rows that straddle cache lines are slow
 UPCAST_BYTES = 16 << 20  # float32 copy of a block of a low-precision head
 LEAST_ROWS = 16  # a chunk has at least so many rows, however large the vocabulary
 
@@ -30,13 +31,14 @@ class Head:
         self.max_rows = max(LEAST_ROWS, chunk_bytes // self.row_bytes)
         self._widest = self.vocab
         if weight.dtype != self.dtype:
-            self._widest = max(1, UPCAST_BYTES // (weight.shape[1] * self.dtype.itemsize))
+            widest = UPCAST_BYTES // (weight.shape[1] * self.dtype.itemsize)
+            self._widest = widest // ALIGNED * ALIGNED or max(1, widest)
         self._buffer = weight.new_empty((0, self.vocab), dtype=self.dtype)
 
     def blocks(self, rows: int) -> list[tuple[int, int]]:
         """The vocabulary in blocks for so many rows."""
         width = max(LEAST_WIDTH, BLOCK_BYTES // (max(1, rows) * self.dtype.itemsize))
-        width = min(width, self._widest)
+        width = min(width // ALIGNED * ALIGNED or width, self._widest)
         return [(a, min(a + width, self.vocab)) for a in range(0, self.vocab, width)]
 
     def block(self, a: int, b: int) -> Tensor:  # [b - a, D]
