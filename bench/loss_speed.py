@@ -4,8 +4,9 @@
 
 Variants run in turns (A B C A B C ...) and medians are compared; memory is how far a process of
 its own grew at its peak, gradients included, after the same call on a tiny batch; `memory` alone
-adds it to the times that are there. Writes bench/results/loss_speed.csv (loss_speed_large.csv) and,
-without --large, docs/loss_speed.png.
+adds it to the times that are there. On a machine that others use, --processor-time takes the
+processor's time of one thread, which does not count waiting. Writes
+bench/results/loss_speed[_large][_processor].csv and, with `memory`, docs/loss_speed.png.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def memory(case: dict[str, Any]) -> dict[str, Any]:
     return {"peak_mb": round(peak_growth_mb(run))}
 
 
-def times(frozen: bool, unlabelled: float, large: bool, rounds: int) -> list[dict[str, Any]]:
+def times(
+    frozen: bool, unlabelled: float, large: bool, rounds: int, processor: bool
+) -> list[dict[str, Any]]:
     """One row a variant: milliseconds and multiples of the bare products."""
     from bench import loss_variants as lv
 
@@ -53,9 +56,10 @@ def times(frozen: bool, unlabelled: float, large: bool, rounds: int) -> list[dic
     if unlabelled or large:  # a question of its own, of our variants and the best of the others
         runs = {n: r for n, r in runs.items() if n.startswith(("bare", "compact", "torch.comp"))}
     quick = {name: run for name, run in runs.items() if name not in SLOW}
-    found = interleaved(quick, rounds=rounds)
+    found = interleaved(quick, rounds=rounds, processor=processor)
     for name in runs.keys() - quick.keys():
-        found[name] = interleaved({name: runs[name]}, rounds=2, warm_up=0)[name]
+        slow = interleaved({name: runs[name]}, rounds=2, warm_up=0, processor=processor)
+        found[name] = slow[name]
     bare = median(found["bare products"])
     return [
         {
@@ -81,13 +85,21 @@ def main() -> None:
     parser.add_argument("what", nargs="*", choices=("time", "memory"), default=["time", "memory"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--large", action="store_true", help="V=151,936, D=896, T=2,048")
+    parser.add_argument("--processor-time", action="store_true", help="of one thread")
     chosen = parser.parse_args()
     name = "loss_speed_large" if chosen.large else "loss_speed"
+    if chosen.processor_time:
+        import torch
+
+        torch.set_num_threads(1)
+        name += "_processor"
     rows: list[dict[str, Any]] = []
     if "time" in chosen.what:
         for frozen in (True, False):
             for unlabelled in (0.0,) if chosen.large else (0.0, 0.35):
-                rows += times(frozen, unlabelled, chosen.large, chosen.rounds)
+                rows += times(
+                    frozen, unlabelled, chosen.large, chosen.rounds, chosen.processor_time
+                )
     else:
         with (RESULTS / f"{name}.csv").open(newline="") as file:
             rows += csv.DictReader(file)
