@@ -35,6 +35,7 @@ STUDENT_10M = "llama-10m"
 
 WORDS = {
     "ours": "compact_fast",
+    "recomputed": "compact_fast, gradient_checkpointing",
     "per_teacher": "compact_fast, fusion per_teacher",
     "published": "the method as published, eager",
     "sft": "transformers Trainer, padded",
@@ -161,8 +162,8 @@ def make_step(variant: str, work: Work, scratch: str) -> Step:
     """The variant's step; ValueError where what it needs is not installed."""
     if variant == "published":
         return published_step(work)
-    makers = {"ours": ours, "per_teacher": ours, "sft": sft, "sft_packed": sft}
-    trainer = makers.get(variant, trl)(variant, work, f"{scratch}/{variant}")
+    makers = {"sft": sft, "sft_packed": sft, "trl": trl, "trl_packed": trl}
+    trainer = makers.get(variant, ours)(variant, work, f"{scratch}/{variant}")
     return trainer_step(trainer)
 
 
@@ -204,19 +205,24 @@ def shared_arguments(work: Work, folder: str, batch: int) -> dict[str, Any]:
 
 
 def ours(variant: str, work: Work, folder: str) -> Any:
-    """This project's trainer on its default path, or one teacher at a time."""
+    """This project's trainer on its default path, with recomputation, or one teacher at a time."""
     from compact_fast.trainer import CompactTrainer, CompactTrainingArguments
 
-    more = {"fusion": "per_teacher"} if variant == "per_teacher" else {}
+    options: dict[str, dict[str, Any]] = {
+        "per_teacher": {"fusion": "per_teacher"},
+        "recomputed": {"gradient_checkpointing": True},
+    }
     arguments = CompactTrainingArguments(
         **shared_arguments(work, folder, 1),
         teachers=work.teachers,
         thinking_ids=work.thinking_ids,
         progress="none",
-        **more,
+        **options.get(variant, {}),
     )
     # It gives the model it trains an attention function of its own.
     model = copy.deepcopy(work.model)
+    if variant == "recomputed":  # as the host's train() does
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return CompactTrainer(model, arguments, work.rows, processing_class=work.tokenizer)
 
 
