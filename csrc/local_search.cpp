@@ -21,7 +21,18 @@ void LocalSearch::begin(const Problem& p, const std::int32_t* column_of) {
   }
   stale_.assign(static_cast<std::size_t>(p.n), 0);
   queue_.clear();
+  restart(p, column_of);
+}
+
+void LocalSearch::restart(const Problem& p, const std::int32_t* column_of) {
   now_.start(p, column_of);
+  here_.assign(static_cast<std::size_t>(p.m), 0);
+  for (std::int64_t i = 0; i < p.n; ++i) price(i);
+}
+
+void LocalSearch::price(std::int64_t i) {
+  const std::int32_t column = now_.column_of(i);
+  if (column >= 0) here_[static_cast<std::size_t>(column)] = now_.worth(i, column);
 }
 
 // What F counts for the edges between the pairs (i, j) and (k, l).
@@ -41,7 +52,7 @@ std::int64_t LocalSearch::improve(const Problem& p, std::vector<std::int32_t>& c
         price_[i * p.m + j] = static_cast<std::int32_t>(now_.worth(i, j) >> kShift);
     lap_.solve(price_.data(), p.n, p.m, next_.data());
     if (p.objective(next_.data()) <= now_.value()) break;
-    now_.start(p, next_.data());
+    restart(p, next_.data());
   }
   exchange(p);
   column_of = now_.columns();
@@ -51,6 +62,7 @@ std::int64_t LocalSearch::improve(const Problem& p, std::vector<std::int32_t>& c
 // Row i and those whose worth depends on its column must be looked at again.
 void LocalSearch::mark_stale(const Problem& p, std::int64_t i) {
   const auto mark = [&](std::int32_t row) {
+    price(row);
     if (stale_[static_cast<std::size_t>(row)]) return;
     stale_[static_cast<std::size_t>(row)] = 1;
     queue_.push_back(row);
@@ -69,52 +81,79 @@ void LocalSearch::add(const Problem& p, std::int64_t i, std::int64_t j) {
 void LocalSearch::remove(const Problem& p, std::int64_t i, std::int64_t j) {
   if (i < 0 || j < 0) return;
   now_.remove(i, j);
+  here_[static_cast<std::size_t>(j)] = 0;
   mark_stale(p, i);
 }
 
 // Row i to `column`, whose row, if it has one, gets i's.
-bool LocalSearch::try_exchange(const Problem& p, std::int64_t i, std::int32_t column) {
+void LocalSearch::swap(const Problem& p, std::int32_t i, std::int32_t column) {
   const std::int32_t old = now_.column_of(i), other = now_.row_of(column);
-  std::int64_t gain = now_.worth(i, column);
-  if (old >= 0) gain -= now_.worth(i, old);
-  if (other >= 0) {
-    gain -= now_.worth(other, column);
-    // worth() counts the edges between the two old pairs twice, and none between the new ones
-    if (old >= 0)
-      gain += now_.worth(other, old) + between(p, i, old, other, column) +
-              between(p, i, column, other, old);
-  }
-  if (gain <= 0) return false;
   remove(p, i, old);
   remove(p, other, column);
   add(p, i, column);
   add(p, other, old);
-  return true;
+}
+
+// What swap() adds to the value.
+std::int64_t LocalSearch::gain(const Problem& p, std::int32_t i, std::int32_t column) const {
+  const std::int32_t old = now_.column_of(i), other = now_.row_of(column);
+  std::int64_t gain = now_.worth(i, column) - here_[column];
+  if (old < 0) return gain;
+  gain -= here_[old];
+  if (other < 0) return gain;
+  // worth() counts the edges between the two old pairs twice, and none between the new ones
+  return gain + now_.worth(other, old) + between(p, i, old, other, column) +
+         between(p, i, column, other, old);
+}
+
+// Makes every exchange of row i that improves. most[j] is an upper bound on the worth of any pair of
+// column j; without it the present worths are looked up.
+bool LocalSearch::exchange_row(const Problem& p, std::int32_t i, const std::int64_t* most) {
+  const std::int32_t* s = p.s + i * p.m;
+  const std::int64_t* beside = now_.beside(i);
+  bool better = false;
+  // the least that column j must be worth to i, beyond what it is worth where it is, for a gain
+  const auto least = [&](std::int32_t old) {
+    if (old < 0) return std::int64_t{0};
+    std::int64_t there = most ? most[old] : 0;
+    if (!most)
+      for (std::int64_t o = 0; o < p.n; ++o) there = std::max(there, now_.worth(o, old));
+    return here_[old] - there;
+  };
+  std::int64_t floor = least(now_.column_of(i));
+  const auto look = [&](std::int32_t j) {
+    if (s[j] == 0 || j == now_.column_of(i) || gain(p, i, j) <= 0) return;
+    swap(p, i, j);
+    better = true;
+    floor = least(j);
+  };
+  for (std::int32_t j = 0; j < p.m; ++j)
+    if (s[j] * ((std::int64_t{1} << kShift) + beside[j]) - here_[j] > floor) look(j);
+  // beside those, exchanges with a neighbour may gain or keep the edge between the two
+  for (const std::int32_t *k = p.a->begin(i, 0), *end = p.a->end(i, kLists - 1); k != end; ++k)
+    if (now_.column_of(*k) >= 0) look(now_.column_of(*k));
+  return better;
 }
 
 void LocalSearch::exchange(const Problem& p) {
   for (bool better = true; better;) {
     better = false;
-    for (std::int64_t i = 0; i < p.n; ++i)
-      for (std::int32_t j = 0; j < p.m; ++j)
-        if (now_.column_of(i) != j && p.similarity(i, j) > 0 && try_exchange(p, i, j)) better = true;
+    for (std::int32_t i = 0; i < p.n; ++i) better = exchange_row(p, i, nullptr) || better;
   }
   for (std::int32_t row : queue_) stale_[static_cast<std::size_t>(row)] = 0;
   queue_.clear();
 }
 
-void LocalSearch::exchange_stale(const Problem& p) {
+void LocalSearch::exchange_stale(const Problem& p, const std::vector<std::int64_t>& most) {
   for (std::size_t next = 0; next < queue_.size(); ++next) {
-    const std::int32_t i = queue_[next];
-    stale_[static_cast<std::size_t>(i)] = 0;
-    for (std::int32_t j = 0; j < p.m; ++j)
-      if (now_.column_of(i) != j && p.similarity(i, j) > 0) try_exchange(p, i, j);
+    stale_[static_cast<std::size_t>(queue_[next])] = 0;
+    exchange_row(p, queue_[next], most.data());
   }
   queue_.clear();
 }
 
 std::int64_t LocalSearch::shake(const Problem& p, std::vector<std::int32_t>& column_of,
-                                std::int64_t rounds) {
+                                std::int64_t rounds, const std::vector<std::int64_t>& most) {
   std::uint64_t state = 0x9E3779B97F4A7C15ull;
   auto below = [&](std::int64_t limit) {
     state = state * 6364136223846793005ull + 1442695040888963407ull;
@@ -128,7 +167,9 @@ std::int64_t LocalSearch::shake(const Problem& p, std::vector<std::int32_t>& col
     const std::int64_t moved = 3 + below(3);
     std::int64_t from = below(p.n);
     for (std::int64_t k = 0; k < moved; ++k) {
-      const std::int64_t to = below(p.n);
+      const std::int32_t* near = p.a->begin(from, 0);
+      const std::int64_t nears = p.a->end(from, kLists - 1) - near;
+      const std::int64_t to = nears > 0 && below(2) == 1 ? near[below(nears)] : below(p.n);
       if (from == to) continue;
       const std::int32_t x = now_.column_of(from), y = now_.column_of(to);
       remove(p, from, x);
@@ -144,9 +185,9 @@ std::int64_t LocalSearch::shake(const Problem& p, std::vector<std::int32_t>& col
         add(p, from, column);
       }
     }
-    exchange_stale(p);
+    exchange_stale(p, most);
     if (now_.value() < current - (best >> 9)) {  // a little worse may lead to better
-      now_.start(p, kept_.data());
+      restart(p, kept_.data());
       continue;
     }
     current = now_.value();

@@ -6,7 +6,7 @@ namespace compact {
 
 namespace {
 constexpr std::int64_t kFirstSearch = 300;  // assignments before a better start is worth its price
-constexpr std::int64_t kShakes = 8;         // rounds of iterated local search a row
+constexpr std::int64_t kShakes = 14;        // rounds of iterated local search a row
 }  // namespace
 
 ProofSearch::Node& ProofSearch::at(std::size_t depth) {
@@ -161,6 +161,11 @@ std::int64_t ProofSearch::run(const Problem& p, std::int64_t node_budget, std::i
   c_.resize(static_cast<std::size_t>(p.n * p.m));
   bounds_.compute(p.s, p.n, p.m, *p.a, *p.b, p.half, nullptr, narrow_, 0, c_.data());
   const std::int64_t largest = c_.empty() ? 0 : *std::max_element(c_.begin(), c_.end());
+  // c_ counts half of each edge: a pair never adds more than this
+  most_.assign(static_cast<std::size_t>(p.m), 0);
+  for (std::int64_t i = 0; i < p.n; ++i)
+    for (std::int64_t j = 0; j < p.m; ++j)
+      most_[j] = std::max(most_[j], (2 * std::int64_t{c_[i * p.m + j]} - p.similarity(i, j)) << kShift);
   fine_ = 0;  // as many extra bits as the narrow assignment can take
   while (fine_ < 6 &&
          (largest << (fine_ + 2)) * (std::min(p.n, p.m) + 2) < (std::int64_t{1} << 22))
@@ -178,7 +183,7 @@ std::int64_t ProofSearch::run(const Problem& p, std::int64_t node_budget, std::i
   // A short search settles most pairs; for the others a better start is worth its price.
   for (std::int64_t budget : {std::min(node_budget, kFirstSearch), node_budget}) {
     if (budget == node_budget) {
-      const std::int64_t shaken = local_.shake(p, best_columns_, kShakes * p.n);
+      const std::int64_t shaken = local_.shake(p, best_columns_, kShakes * p.n, most_);
       best_ = std::max(best_, shaken);
     }
     complete_ = true;

@@ -49,7 +49,7 @@ class ProofSearch {
   Assignment lap_;
   LocalSearch local_;
   Neighbours a_, b_;
-  std::vector<std::int64_t> settled_;
+  std::vector<std::int64_t> settled_, most_;
   std::vector<std::int32_t> c_, guess_, full_, place_a_, place_b_;
 };
 
