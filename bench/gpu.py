@@ -192,7 +192,7 @@ def case(
     problem = make_problem(shape, frozen=head == "frozen", dtype=dtype, device=device)
     skip = (SKIP_BELOW,) if getattr(backend, "skips_blocks", False) else ()
     variants = own_variants(problem, backend, skip_below=skip) | peer_variants(problem)
-    found = measure(variants, device, rounds=options.rounds)
+    found = measure(variants, device, clear=problem.clear, rounds=options.rounds)
     notes = {name: figures.error or "" for name, figures in found.items()}
     for name, figures in found.items():
         if "skip_below" in name and figures.error is None:

@@ -5,6 +5,8 @@ Machines are noisy: variants run one after another, round by round, and medians 
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 import statistics
 import time
@@ -27,10 +29,15 @@ class Measured:
 
 
 def measure(
-    variants: Mapping[str, Run], device: torch.device, *, rounds: int = 5
+    variants: Mapping[str, Run],
+    device: torch.device,
+    *,
+    clear: Callable[[], object],
+    rounds: int = 5,
 ) -> dict[str, Measured]:
     """Every variant's time and peak memory. Its first run, which may compile, does not count.
 
+    clear: drops what a run leaves behind, such as gradients, so that memory counts it again.
     A variant that raises is reported with its error and does not stop the others.
     """
     peaks: dict[str, float | None] = {}
@@ -39,6 +46,7 @@ def measure(
     for name, run in variants.items():
         try:
             run()
+            clear()
             peaks[name] = peak_mb(run, device)
         except Exception as error:  # a peer may raise anything
             errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
@@ -87,7 +95,13 @@ def peak_mb(run: Run, device: torch.device) -> float | None:
 
 
 def _reset_peak() -> bool:
-    """Linux lets a process forget its high-water mark."""
+    """Linux lets a process forget its high-water mark; memory that was freed is given back first,
+    or a run that takes it again would seem to need none."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):  # not glibc
+        return False
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -63,7 +63,7 @@ def _loss(device: torch.device, shape: Shape, backend: str, rounds: int) -> list
     for frozen in (False, True):
         problem = make_problem(shape, frozen=frozen, dtype=dtype, device=device)
         variants = own_variants(problem, choice.backend) | {"full logits, autograd": eager(problem)}
-        figures = measure(variants, device, rounds=rounds)
+        figures = measure(variants, device, clear=problem.clear, rounds=rounds)
         head = "frozen" if frozen else "trained"
         say(f"\n{problem.shape}, {head} head ({'2' if frozen else '3'} products)")
         bare = figures["bare products"].milliseconds
