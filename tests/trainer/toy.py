@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainerCallback,
+)
 
 from compact_fast.config import CompactConfig
 from compact_fast.students import LoraSettings, add_lora
@@ -15,6 +22,8 @@ from compact_fast.trainer import CompactTrainer, CompactTrainingArguments
 VOCAB = 48
 TEACHERS = ["ann", "bob", "cyd"]
 THINKING = [5, 6]
+# A method whose weights depend on everything, without a filter that leaves one teacher alone.
+BLEND = CompactConfig(filter_below=0.0)
 
 
 def make_student(kind: str = "llama", *, lora: bool = False, seed: int = 0, **changes: Any) -> Any:
@@ -109,3 +118,31 @@ def make_trainer(
         eval_rows,
         run_info=run_info,
     )
+
+
+def trained(trainer: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    trainer.train(**kwargs)
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(row: dict[str, Any]) -> dict[str, Any]:
+    timed = ("time", "runtime", "per_second")
+    return {k: v for k, v in row.items() if not any(word in k for word in timed)}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+class Seen(TrainerCallback):
+    """Keeps every logged row, as an experiment tracker would get it."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.rows.append(dict(logs))
