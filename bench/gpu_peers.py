@@ -28,7 +28,7 @@ class Peer:
     losses: dict[str, Loss]
 
 
-def _torch_weighted(p: Problem) -> Tensor:
+def torch_weighted(p: Problem) -> Tensor:
     nll = torch.nn.functional.linear_cross_entropy(
         p.hidden, p.weight, p.layout.targets, reduction="none",
         options=torch.nn.LinearCrossEntropyOptions(),
@@ -96,7 +96,7 @@ def peer_variants(problem: Problem) -> dict[str, Callable[[], object]]:
     compiled = torch.compile(weighted_nll, dynamic=False)
     losses: dict[str, Loss] = {"eager": weighted_nll, "torch.compile": compiled}
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        losses["F.linear_cross_entropy"] = _torch_weighted
+        losses["F.linear_cross_entropy"] = torch_weighted
         losses["F.linear_cross_entropy, mean only"] = _torch_mean
     for peer in PEERS:
         if importlib.util.find_spec(peer.module) is not None:

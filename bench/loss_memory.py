@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from bench.measure import in_fresh_process, peak_growth_mb, print_table, write_csv
+from bench.measure import in_fresh_process, print_table, write_csv
 
 CASES: list[dict[str, Any]] = [
     {"T": 4096, "V": 49152, "D": 576, "K": 4, "questions": 4, "head": head, "backend": backend}
@@ -29,9 +29,13 @@ CASES: list[dict[str, Any]] = [
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """One case, in this process, after the same call on a tiny batch."""
+    import torch
+
+    from compact_fast.benchmark.memory import rise_mb
+
     tiny = {**case, "T": 256, "V": 1000, "D": 32}
     step(tiny)()
-    return {"peak_extra_mb": round(peak_growth_mb(step(case)), 1)}
+    return {"peak_extra_mb": round(rise_mb(step(case), torch.device("cpu")), 1)}
 
 
 def step(case: dict[str, Any]) -> Callable[[], None]:

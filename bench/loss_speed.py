@@ -23,7 +23,6 @@ from bench.measure import (
     in_fresh_process,
     interleaved,
     median,
-    peak_growth_mb,
     print_table,
     where,
     write_csv,
@@ -35,14 +34,17 @@ SLOW = ("F.linear_cross_entropy",)  # an order of magnitude: two rounds are enou
 
 def memory(case: dict[str, Any]) -> dict[str, Any]:
     """Peak growth of this process in one call, in MB."""
+    import torch
+
     from bench import loss_variants as lv
     from compact_fast.benchmark.loss import Shape
+    from compact_fast.benchmark.memory import rise_mb
 
     tiny = lv.problem(Shape(256, 1000, 32), frozen=case["frozen"])
     lv.variants(tiny)[case["variant"]]()
     p = lv.problem(lv.LARGE if case["large"] else lv.SMALL, frozen=case["frozen"])
     run = lv.variants(p)[case["variant"]]
-    return {"peak_mb": round(peak_growth_mb(run))}
+    return {"peak_mb": round(rise_mb(run, torch.device("cpu")))}
 
 
 def times(

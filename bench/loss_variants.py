@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from bench.gpu_peers import torch_weighted
 from compact_fast.benchmark.loss import (
     Problem,
     Shape,
@@ -60,14 +61,6 @@ def _chunked(p: Problem) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def _torch_fused(p: Problem) -> Tensor:
-    nll = torch.nn.functional.linear_cross_entropy(
-        p.hidden, p.weight, p.layout.targets, reduction="none",
-        options=torch.nn.LinearCrossEntropyOptions(),
-    )  # fmt: skip
-    return (nll * p.scale).sum()
-
-
 def _cut_cross_entropy(p: Problem) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
@@ -87,7 +80,7 @@ def variants(p: Problem) -> dict[str, Callable[[], object]]:
         "chunked autograd": _chunked,
     }
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        losses["F.linear_cross_entropy"] = _torch_fused
+        losses["F.linear_cross_entropy"] = torch_weighted
     if importlib.util.find_spec("cut_cross_entropy") is not None:
         losses["cut-cross-entropy, torch"] = _cut_cross_entropy
     return own_variants(p, "torch") | {name: eager(p, loss) for name, loss in losses.items()}

@@ -14,7 +14,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -114,40 +113,3 @@ def in_fresh_process(module: str, arguments: Mapping[str, Any]) -> dict[str, Any
         raise RuntimeError(f"{module} {arguments}: {done.stderr.strip().splitlines()[-1:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
-
-
-def peak_growth_mb(run: Callable[[], Any]) -> float:
-    """How far this process's resident memory rises at its peak while `run` runs, in MB.
-
-    Sampled every millisecond: the high-water mark would hide whatever stays below an earlier
-    peak, such as that of making the inputs.
-    """
-    before = top = _resident_mb()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal top
-        while not done.wait(0.001):
-            top = max(top, _resident_mb())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        run()
-    finally:
-        done.set()
-        watcher.join()
-    return max(top, _resident_mb()) - before
-
-
-def _resident_mb() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def peak_rss_mb() -> float:
-    """High-water mark of this process's memory in MB (10^6 bytes)."""
-    import resource
-
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6

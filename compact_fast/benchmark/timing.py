@@ -5,16 +5,14 @@ Machines are noisy: variants run one after another, round by round, and medians 
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from compact_fast.benchmark.memory import rise_mb
 
 Run = Callable[[], object]
 
@@ -47,7 +45,7 @@ def measure(
         try:
             run()
             clear()
-            peaks[name] = peak_mb(run, device)
+            peaks[name] = rise_mb(run, device)
         except Exception as error:  # a peer may raise anything
             errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
     for _ in range(rounds):
@@ -75,42 +73,3 @@ def _milliseconds(run: Run, device: torch.device) -> float:
     start = time.perf_counter()
     run()
     return (time.perf_counter() - start) * 1e3
-
-
-def peak_mb(run: Run, device: torch.device) -> float | None:
-    """How far memory rises during `run`, in MB (10^6 bytes); None where it cannot be told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = float(torch.cuda.memory_allocated(device))
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    if device.type != "cpu" or not _reset_peak():
-        run()
-        return None
-    before = _status_mb("VmRSS")
-    run()
-    return max(0.0, _status_mb("VmHWM") - before)
-
-
-def _reset_peak() -> bool:
-    """Linux lets a process forget its high-water mark; memory that was freed is given back first,
-    or a run that takes it again would seem to need none."""
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):  # not glibc
-        return False
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _status_mb(name: str) -> float:
-    text = Path("/proc/self/status").read_text()
-    found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
-    assert found is not None, name
-    return int(found.group(1)) * 1024 / 1e6
