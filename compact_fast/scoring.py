@@ -27,12 +27,18 @@ from compact_fast.atomic import (
     remove_leftovers,
 )
 from compact_fast.backends import CompactBackend, choose
-from compact_fast.backends.protocol import RunSpec
 from compact_fast.config import CompactConfig
 from compact_fast.output import CompactOutput
-from compact_fast.students import body_and_head, check_head, inference
-from compact_fast.trainer.batching import batches_within, question_lengths
-from compact_fast.trainer.step import Collator, compact_step, direct_body, heeding, to_device
+from compact_fast.students import check_head, inference
+from compact_fast.trainer.batching import batches_within, question_lengths, sequence_tokens
+from compact_fast.trainer.step import (
+    Collator,
+    compact_step,
+    direct_body,
+    heeding,
+    run_spec,
+    to_device,
+)
 
 Row = dict[str, Any]
 
@@ -180,8 +186,7 @@ class _Counter:
         self._questions = self._tokens = self._resumed = 0
         if progress is None:
             return
-        prompt, completions, _, count = question_lengths(rows)
-        tokens = prompt * count + completions
+        tokens = sequence_tokens(*question_lengths(rows))
         self._of = len(rows), int(tokens.sum())
         self._questions = sum(min(window, len(rows) - start) for start in kept)
         self._resumed = sum(int(tokens[start : start + window].sum()) for start in kept)
@@ -266,16 +271,11 @@ class _Scorer:
             name: [list(p.shape), str(p.dtype), float(p.double().sum()), float(p.double().norm())]
             for name, p in self.model.state_dict().items()
         }
-        head = body_and_head(self.model)
-        vocabulary, width = head.weight.shape
-        spec = RunSpec(
-            head.weight.device, head.weight.dtype, vocabulary, width, head.bias is not None
-        )
         settings = {
             "version": __version__,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "backend": choose(self.backend, spec).backend.name,
+            "backend": choose(self.backend, run_spec(self.model)).backend.name,
             "config": asdict(self.config),
             "collator": asdict(self.collator),
             "teachers": self.teachers,

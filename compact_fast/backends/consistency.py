@@ -189,19 +189,54 @@ def _aligned(
     None if no pair of question q has anything aligned and weight enough.
     """
     members = spans.members(q, alpha)
-    if len(members) < 2:
+    lengths = torch.tensor([spans.lengths[s] for s in members], device=like.device)
+    found = _alignment(like.new_tensor([alpha[s] for s in members]), lengths, floor)
+    if found is None:
         return None
-    device = like.device
-    lengths = torch.tensor([spans.lengths[s] for s in members], device=device)
-    pairs = _pair_coefficients(like.new_tensor([alpha[s] for s in members]), lengths, floor)
+    index, inside, coefficients = found
+    first = torch.tensor([spans.starts[s] for s in members], device=like.device)
+    return torch.where(inside, first + index, first), inside, coefficients
+
+
+def compare_stretches(
+    logits: Sequence[Tensor],  # [n_k, V] of teacher k, one at least
+    alpha: Sequence[float],  # all > 0
+    floor: float,
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """(sum_{i<j} alpha_i alpha_j D_ij, its gradient by the logits [n_k, V] of those it reads)."""
+    lengths = torch.tensor([z.shape[0] for z in logits], device=logits[0].device)
+    found = _alignment(logits[0].new_tensor(alpha), lengths, floor)
+    if found is None:
+        return logits[0].new_zeros(()), {}
+    index, inside, coefficients = found
+    at = torch.where(inside, index, 0)
+    together = torch.stack([z[at[:, k]] for k, z in enumerate(logits)], 1)
+    value, _, gradient = _block(together, coefficients)
+    pulls = {}
+    for k, z in enumerate(logits):
+        if bool((coefficients[:, k] > 0).any()):
+            pulls[k] = torch.zeros_like(z)
+            n = min(z.shape[0], len(inside))
+            pulls[k][:n] = gradient[:n, k]
+    return value, pulls
+
+
+def _alignment(
+    alpha: Tensor,  # [K]
+    lengths: Tensor,  # [K], all > 0
+    floor: float,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Places in a stretch [R, 1], whether teacher k's has that many [R, K], coefficients
+    [R, K, K]. None if no pair has weight enough."""
+    if len(lengths) < 2:
+        return None
+    pairs = _pair_coefficients(alpha, lengths, floor)
     if not bool((pairs > 0).any()):
         return None
-    first = torch.tensor([spans.starts[s] for s in members], device=device)
     longest = int(lengths.sort().values[-2])  # beyond the second longest nothing is aligned
-    index = torch.arange(longest, device=device)[:, None]
+    index = torch.arange(longest, device=lengths.device)[:, None]
     inside = index < lengths
-    at = torch.where(inside, first + index, first)
-    return at, inside, pairs * (inside[:, :, None] & inside[:, None, :])
+    return index, inside, pairs * (inside[:, :, None] & inside[:, None, :])
 
 
 def _pair_coefficients(alpha: Tensor, lengths: Tensor, floor: float) -> Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from compact_fast.backends.gradients import divided
 from compact_fast.backends.protocol import Gradients, Needs
 from compact_fast.triton_kernels.gradient_rows import scale_rows
 from compact_fast.triton_kernels.launch import architecture
@@ -90,13 +91,7 @@ class GradientSums:
         self, normalizer: float | Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Gradients:
         """Divided by the normalizer, in the dtype of what they belong to."""
-        sums, owners = (self.hidden, self.weight, self.bias), (hidden, weight, bias)
-        return Gradients(
-            *(
-                None if g is None or owner is None else g.div_(normalizer).to(owner.dtype)
-                for g, owner in zip(sums, owners, strict=True)
-            )
-        )
+        return divided((self.hidden, self.weight, self.bias), (hidden, weight, bias), normalizer)
 
 
 @dataclass

@@ -15,8 +15,8 @@ from compact_fast.evaluate.results import RationaleNll, TeacherNll
 from compact_fast.loss import token_logp
 from compact_fast.students import body_and_head
 from compact_fast.trainer.batching import batches_within, question_lengths
-from compact_fast.trainer.packing import choose_packing, mask_wanted, pack_segments
-from compact_fast.trainer.segments import NO_MASK, attending_by_segments
+from compact_fast.trainer.packing import choose_packing, mask_wanted, pack_segments, read_segments
+from compact_fast.trainer.segments import attending_by_segments
 
 
 def rationale_nll(
@@ -96,12 +96,7 @@ def _logp_by_segments(
         chosen = [rows[i] for i in batch]
         packed = pack_segments(chosen)
         with attending_by_segments(model):
-            hidden = parts.body(
-                packed["input_ids"].to(device),
-                NO_MASK,
-                position_ids=packed["position_ids"].to(device),
-                compact_trees=packed["trees"],
-            )[0]
+            hidden = read_segments(parts.body, packed, device)[0]
         where: list[Tensor] = []
         lengths = []
         start = 0

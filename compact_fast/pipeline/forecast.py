@@ -14,13 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compact_fast.backends import Choice, RunSpec, choose
+from compact_fast.backends import Choice, choose
 from compact_fast.backends.torch_backend import CHUNK_BYTES
 from compact_fast.run_config import RunConfig
 from compact_fast.students import body_and_head, causal_model
-from compact_fast.trainer.batching import Ints, QuestionBatches, question_lengths
+from compact_fast.trainer.batching import (
+    Ints,
+    QuestionBatches,
+    question_lengths,
+    sequence_tokens,
+)
 from compact_fast.trainer.fusion import gradient_bytes
 from compact_fast.trainer.packing import Packing, choose_packing, mask_wanted
+from compact_fast.trainer.step import run_spec
 
 # Logits the torch backend holds at once, and what it makes of them (bench/loss_memory.py).
 LOSS_CHUNK_BYTES = 3 * CHUNK_BYTES
@@ -94,7 +100,7 @@ def forecast(config: RunConfig, model: Any, rows: Sequence[Mapping[str, Any]]) -
         steps=steps,
         questions_per_update=per_update,
         epochs=epochs,
-        tokens=round(int((lengths[0] * lengths[3] + lengths[1]).sum()) * epochs),
+        tokens=round(int(sequence_tokens(*lengths).sum()) * epochs),
         packed=packed,
         per_teacher=per_teacher,
         fusion=fusion,
@@ -202,22 +208,6 @@ def count_steps(
     return math.ceil(t.num_train_epochs * per_epoch), t.num_train_epochs
 
 
-def padded_tokens(row: Mapping[str, Any]) -> int:
-    """Positions a question takes in a batch of its own."""
-    lengths = [len(c) for c in row["completion_ids"]]
-    return (len(row["prompt_ids"]) + max(lengths)) * len(lengths)
-
-
-def shared_tokens(row: Mapping[str, Any]) -> int:
-    """Positions a question takes when its rationales share one prompt."""
-    return len(row["prompt_ids"]) + sum(len(c) for c in row["completion_ids"])
-
-
-def real_tokens(row: Mapping[str, Any]) -> int:
-    lengths = [len(c) for c in row["completion_ids"]]
-    return len(row["prompt_ids"]) * len(lengths) + sum(lengths)
-
-
 def loss_bytes(labels: int, vocabulary: int, width: int) -> int:
     """Chunks of logits, and the gradients of the hidden states they come from."""
     logits = min(LOSS_CHUNK_BYTES, 3 * labels * vocabulary * 4)
@@ -293,9 +283,5 @@ def bf16_autocast(config: RunConfig) -> bool:
 
 def backend_choice(config: RunConfig, model: Any) -> Choice:
     """The backend the loss would run on, with the reason."""
-    head = body_and_head(model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vocabulary, width = head.weight.shape
-    has_bias = head.bias is not None
-    spec = RunSpec(device, head.weight.dtype, vocabulary, width, head_bias=has_bias)
-    return choose(config.training.backend, spec)
+    return choose(config.training.backend, run_spec(model, device))

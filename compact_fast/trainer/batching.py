@@ -54,6 +54,14 @@ def _arrow_lengths(rows: Any, start: int) -> tuple[Ints, ...]:
     return prompt.to_numpy(zero_copy_only=False).astype(np.int64), total, longest, count
 
 
+def sequence_tokens(prompt: Ints, completions: Ints, longest: Ints, count: Ints) -> Ints:
+    """Tokens of each question's sequences, given what `question_lengths` returns, [n].
+
+    A prompt counts once for every rationale behind it.
+    """
+    return prompt * count + completions
+
+
 def length_class(lengths: Ints) -> Ints:
     """Lengths rounded up by at most a sixteenth, so that many are equal."""
     step = 2 ** np.maximum(np.floor(np.log2(np.maximum(lengths, 1))).astype(np.int64) - 4, 0)

@@ -17,13 +17,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain, combinations, repeat
+from itertools import chain, repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compact_fast.backends import CompactBackend
+from compact_fast.backends.consistency import compare_stretches
 from compact_fast.backends.head import Head
 from compact_fast.config import CompactConfig
 from compact_fast.layout import TokenLayout
@@ -274,16 +275,20 @@ class _Fusion:
         self, q: int, sequences: range, read: Sequence[_Read], alpha: Tensor
     ) -> Tensor:
         """sum_{i<j} alpha_i alpha_j D_ij; lambda times its gradient is added to the total."""
-        pairs = _pairs([r.answer.shape[0] for r in read], alpha.tolist(), self.config.pair_floor)
-        if not pairs:
+        weights = alpha.tolist()
+        members = [k for k, r in enumerate(read) if r.answer.shape[0] > 0 and weights[k] > 0]
+        if len(members) < 2:
             return alpha.new_zeros(())
         weight, bias = self.head.weight.detach(), self.head.bias
         dtype = _head_dtype(weight)
         head = Head(weight.to(dtype), None if bias is None else bias.detach(), _HEAD_BYTES)
-        members = sorted({k for i, j, _ in pairs for k in (i, j)})
-        logits = {k: head.logits(read[k].answer.to(dtype)).clone() for k in members}
-        value, pulls = answer_pull(logits, pairs)
-        for k, pull in pulls.items():
+        value, pulls = compare_stretches(
+            [head.logits(read[k].answer.to(dtype)).clone() for k in members],
+            [weights[k] for k in members],
+            self.config.pair_floor,
+        )
+        for i, pull in pulls.items():
+            k = members[i]
             pull *= self.config.consistency_weight
             self._add_pull(sequences[k], q, read[k], head, pull)
         return value.to(alpha.dtype)
@@ -315,24 +320,6 @@ class _Fusion:
         return torch.split(gradient, [p.numel() for p in self.trained])
 
 
-def answer_pull(
-    logits: Mapping[int, Tensor],  # [n_k, V] by rationale
-    pairs: Sequence[tuple[int, int, float]],  # (i, j, alpha_i alpha_j)
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """sum alpha_i alpha_j D_ij over the pairs, and its gradient by each rationale's logits."""
-    with torch.enable_grad():
-        leaves = {k: value.detach().requires_grad_() for k, value in logits.items()}
-        logp = {k: leaf.log_softmax(-1) for k, leaf in leaves.items()}
-        terms = []
-        for i, j, share in pairs:
-            n = min(logp[i].shape[0], logp[j].shape[0])
-            a, b = logp[i][:n], logp[j][:n]
-            terms.append(share * ((a.exp() - b.exp()) * (a - b)).sum() / n)
-        value = torch.stack(terms).sum()
-        found = torch.autograd.grad(value, list(leaves.values()))
-    return value.detach(), dict(zip(leaves, found, strict=True))
-
-
 class _HandOver(torch.autograd.Function):
     """A loss whose gradients were made before: backward gives them out, scaled, once."""
 
@@ -359,18 +346,6 @@ def _compare(apart: Tensor, teachers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     at = torch.combinations(torch.arange(apart.shape[0], device=apart.device))
     i, j = at.unbind(1)
     return norms, teachers[at], gram[i, j] / (norms[i] * norms[j])
-
-
-def _pairs(
-    lengths: Sequence[int], alpha: Sequence[float], floor: float
-) -> list[tuple[int, int, float]]:
-    """(i, j, alpha_i alpha_j) of the pairs that consistency compares."""
-    shares = [
-        (i, j, alpha[i] * alpha[j])
-        for i, j in combinations(range(len(lengths)), 2)
-        if min(lengths[i], lengths[j]) > 0
-    ]
-    return [(i, j, share) for i, j, share in shares if share > 0 and share >= floor]
 
 
 def _sequence(

@@ -12,7 +12,7 @@ sequences, so the hidden states are theirs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -163,6 +163,18 @@ def pack_segments(rows: Sequence[Mapping[str, Any]], *, shared: bool = True) -> 
     }
 
 
+def read_segments(
+    body: Callable[..., Tensor], packed: Mapping[str, Any], device: torch.device
+) -> Tensor:  # [1, N, D]
+    """Hidden states of what `pack_segments` made, of a body whose attention heeds trees."""
+    return body(
+        packed["input_ids"].to(device),
+        NO_MASK,
+        position_ids=packed["position_ids"].to(device),
+        compact_trees=packed["trees"],
+    )
+
+
 def pack_shared(
     rows: Sequence[Mapping[str, Any]], pad_id: int, *, multiple: int = 1
 ) -> dict[str, Tensor]:
@@ -256,12 +268,7 @@ def _refusal(model: Any, kind: Kind, *, share: bool = True) -> str | None:
             if kind == "segments":
                 packed = pack_segments([_TRIAL], shared=share)
                 with attending_by_segments(model), recording_windows() as seen:
-                    hidden = parts.body(
-                        packed["input_ids"].to(device),
-                        NO_MASK,
-                        position_ids=packed["position_ids"].to(device),
-                        compact_trees=packed["trees"],
-                    )
+                    hidden = read_segments(parts.body, packed, device)
                 if [w for w in seen if w] != [w for w in windows if w]:
                     return f"{name} does not hand its sliding windows to its attention function"
             else:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compact_fast.backends import CompactBackend
+from compact_fast.backends import CompactBackend, RunSpec
 from compact_fast.config import CompactConfig
 from compact_fast.data.collate import collate, collate_priors
 from compact_fast.inputs import mi_is_used
@@ -36,10 +36,10 @@ from compact_fast.trainer.packing import (
     mask_wanted,
     pack_segments,
     pack_shared,
+    read_segments,
     shared_mask,
 )
 from compact_fast.trainer.segments import (
-    NO_MASK,
     attend_by_segments,
     attending_by_segments,
     attends_by_segments,
@@ -134,6 +134,21 @@ def pad_token(tokenizer: Any, model: Any) -> int:
     return 0
 
 
+def run_spec(
+    model: Any, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> RunSpec:
+    """What the loss of a student asks of a backend; where and as the head lies unless told."""
+    head = body_and_head(model)
+    vocabulary, width = head.weight.shape
+    return RunSpec(
+        device or head.weight.device,
+        dtype or head.weight.dtype,
+        vocabulary,
+        width,
+        head.bias is not None,
+    )
+
+
 def heeding(model: Any, packing: Packing) -> AbstractContextManager[None]:
     """Inside, the model's attention heeds what this packing makes."""
     return attending_by_segments(model) if packing.kind == "segments" else nullcontext()
@@ -191,12 +206,7 @@ def packed_hidden(body: Body, inputs: Mapping[str, Any]) -> Tensor:
     layout: TokenLayout = inputs["layout"]
     ids = inputs["input_ids"]
     if "trees" in inputs:
-        hidden = body(
-            ids,
-            NO_MASK,
-            position_ids=inputs["position_ids"],
-            compact_trees=inputs["trees"],
-        )
+        hidden = read_segments(body, inputs, ids.device)
     elif "segments" in inputs:
         hidden = body(ids, shared_mask(inputs["segments"]), position_ids=inputs["position_ids"])
     else:

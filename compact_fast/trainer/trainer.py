@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from compact_fast.backends import RunSpec, choose
+from compact_fast.backends import choose
 from compact_fast.evaluate.rationales import rationale_nll
 from compact_fast.inputs import mi_is_used
 from compact_fast.students import (
     attention_projections,
-    body_and_head,
     causal_model,
     check_head,
     prepare_checkpointing,
@@ -31,12 +30,13 @@ from compact_fast.trainer.batching import (
     QuestionLoader,
     Questions,
     question_lengths,
+    sequence_tokens,
 )
 from compact_fast.trainer.callbacks import ProgressDisplay, RunFiles
 from compact_fast.trainer.checkpoints import CheckpointedTrainer
 from compact_fast.trainer.fusion import check_fusion, per_teacher_step
 from compact_fast.trainer.guard import NonFiniteGuard
-from compact_fast.trainer.step import Collator, compact_step, to_device, wrapped_body
+from compact_fast.trainer.step import Collator, compact_step, run_spec, to_device, wrapped_body
 from compact_fast.trainer.window import LogWindow
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,6 @@ class CompactTrainer(CheckpointedTrainer):
     ) -> None:
         config = args.compact
         self.notes: list[str] = []
-        head = body_and_head(model)
         check_head(model)
         if config.consensus in ("attention", "both"):
             attention_projections(model)  # refuses now what it would refuse in the first step
@@ -120,10 +119,8 @@ class CompactTrainer(CheckpointedTrainer):
         self._lengths = question_lengths(train_dataset)
         self.reading = self._describe_reading()
         logger.info("%s", self.reading["text"])
-        vocab, width = head.weight.shape
-        dtype = torch.bfloat16 if args.bf16 else head.weight.dtype
-        spec = RunSpec(args.device, dtype, vocab, width, head.bias is not None)
-        self.choice = choose(args.backend, spec)
+        dtype = torch.bfloat16 if args.bf16 else None
+        self.choice = choose(args.backend, run_spec(model, args.device, dtype))
         logger.info("loss backend %s (%s)", self.choice.backend.name, self.choice.reason)
         self._window = LogWindow(args.teachers, args.device)
         self._guard = NonFiniteGuard(args.teachers, args.device)
@@ -181,9 +178,9 @@ class CompactTrainer(CheckpointedTrainer):
 
     def _describe_reading(self) -> dict[str, Any]:
         """How rationales are packed, with the tokens of all questions and those that are saved."""
-        prompt, completions, _, count = self._lengths
+        prompt, _, _, count = self._lengths
         packing = self._packing
-        tokens = int((prompt * count + completions).sum())
+        tokens = int(sequence_tokens(*self._lengths).sum())
         saved = int((prompt * (count - 1)).sum()) if packing.shared else 0
         return {
             "packing": packing.kind,

@@ -14,15 +14,19 @@ from compact_fast.pipeline.forecast import (
     count_steps,
     forecast,
     kept_bytes,
-    padded_tokens,
-    real_tokens,
 )
 from compact_fast.pipeline.training import training_arguments
 from compact_fast.run_config import RunConfig, build
+from compact_fast.trainer.batching import question_lengths, sequence_tokens
+from compact_fast.trainer.packing import Packing
 
 
 def config(**keys) -> RunConfig:
     return build({k: Setting(v, f"--{k}") for k, v in keys.items()})
+
+
+def tokens(row: dict) -> int:
+    return int(sequence_tokens(*question_lengths([row])).sum())
 
 
 def row(i: int = 0, prompt: int = 5, completions: tuple[int, ...] = (3, 6)) -> dict:
@@ -73,14 +77,14 @@ def test_steps_are_the_trainers_own(questions, keys, model, tmp_path):
 
 
 def test_tokens_of_a_question():
-    assert real_tokens(row()) == 5 + 3 + 5 + 6
-    assert padded_tokens(row()) == 2 * (5 + 6)
+    assert tokens(row()) == 5 + 3 + 5 + 6
+    assert Packing().positions(*question_lengths([row()])).tolist() == [2 * (5 + 6)]
 
 
 def test_memory_adds_up(model):
     rows = [row(0), row(1, prompt=30), row(2)]
     f = forecast(config(lora=False, num_train_epochs=2.0), model, rows)
-    assert f.tokens == 2 * sum(map(real_tokens, rows))
+    assert f.tokens == 2 * sum(map(tokens, rows))
     parameters = sum(p.numel() for p in model.parameters())
     memory = f.packed
     assert memory.weights == memory.gradients == 4 * parameters
@@ -141,7 +145,7 @@ def test_what_a_pass_keeps_is_seen_with_dropout_and_leaves_no_trace(model):
 def test_weighting_correct_leaves_questions_out(model):
     wrong = {**row(1), "correct": [0, -1]}
     f = forecast(config(weighting="correct", num_train_epochs=1.0), model, [row(0), wrong])
-    assert f.tokens == real_tokens(row(0))
+    assert f.tokens == tokens(row(0))
     assert math.isclose(f.epochs, 1.0)
 
 
