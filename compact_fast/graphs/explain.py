@@ -23,8 +23,8 @@ from compact_fast.graphs.options import (
     UNIT,
     GraphOptions,
 )
-from compact_fast.graphs.parsing import answer_keys, pack, parse_rationales, unpack
-from compact_fast.graphs.scoring import score_graphs
+from compact_fast.graphs.parsing import answer_keys, as_list, pack, parse_rationales, unpack
+from compact_fast.graphs.scoring import name_place, score_graphs
 
 _SIGNS = {1: "+", 2: "-", 4: "*", 8: "/"}
 _NARROWEST = 36  # characters a teacher's column needs on a terminal
@@ -163,14 +163,25 @@ def examine(
     backend: Backend = "auto",
 ) -> Explanation:
     """One question's rationales as the consensus sees them. Raises ValueError as `consensus`."""
-    names = list(teachers) if teachers is not None else [f"teacher-{k}" for k in range(len(texts))]
+    texts = as_list(texts, "text")
+    names = (
+        [f"teacher-{k}" for k in range(len(texts))]
+        if teachers is None
+        else [str(name) for name in as_list(teachers, "teacher")]
+    )
     if len(names) != len(texts):
         raise ValueError(f"{len(texts)} texts, but {len(names)} teachers")
-    objects = unpack(parse_rationales(texts, options=options, backend=backend))
+    place = np.array([0, len(texts)], dtype=np.int64)
+    try:
+        objects = unpack(parse_rationales(texts, options=options, backend=backend))
+        if final_answers is not None:
+            final_answers = as_list(final_answers, "final answer")
+            if len(final_answers) != len(texts):
+                raise ValueError(f"{len(texts)} texts, but {len(final_answers)} final answers")
+            keys, known = answer_keys(final_answers, backend)
+    except ValueError as error:
+        raise ValueError(name_place(str(error), place)) from None
     if final_answers is not None:
-        if len(final_answers) != len(texts):
-            raise ValueError(f"{len(texts)} texts, but {len(final_answers)} final answers")
-        keys, known = answer_keys(final_answers, backend)
         for graph, key, given in zip(objects, keys.tolist(), known.tolist(), strict=True):
             graph.answer, graph.answer_kind = key, ANSWER_EXPLICIT if given else ANSWER_NONE
     graphs = pack(objects)

@@ -15,13 +15,15 @@ from compact_fast.graphs.native import Backend, choose
 from compact_fast.graphs.options import (
     CENTRALITIES,
     MODES,
+    MOST_STEPS,
     ONE,
     UNIT,
     Centrality,
     GraphOptions,
     Mode,
+    check_options,
 )
-from compact_fast.graphs.parsing import check_threads, unpack
+from compact_fast.graphs.parsing import as_list, check_threads, unpack
 from compact_fast.graphs.structure import Int64, StepGraphs, check_edges, check_offsets
 
 
@@ -54,14 +56,14 @@ def match(
     Raises ValueError naming the pair and the value for indices out of range, a bad mode, or
     embeddings that are not finite or do not fit.
     """
-    options = options or GraphOptions()
-    settings = consensus_settings(options, mode, "coverage", node_budget=node_budget)
-    index = check_pairs(pairs, len(graphs))
+    settings = consensus_settings(check_options(options), mode, "coverage", node_budget=node_budget)
+    count = check_threads(threads)
+    index = check_pairs(pairs, len(check_graphs(graphs)))
     rows = quantise(embeddings, graphs.result.size)
     native, _ = choose(backend)
     if native is not None:
         values, bounds, proven, selves, cu, assigned = native.match_graphs(
-            graphs.arrays(), rows, index, settings, check_threads(threads)
+            graphs.arrays(), rows, index, settings, count
         )
     else:
         values, bounds, proven, selves, cu, assigned = _match_python(graphs, rows, index, settings)
@@ -85,7 +87,8 @@ def consensus_settings(
         raise ValueError(f"centrality={centrality!r}: expected one of {', '.join(CENTRALITIES)}")
     if isinstance(node_budget, bool) or not isinstance(node_budget, int) or node_budget < 0:
         raise ValueError(f"node_budget={node_budget!r}: expected an integer >= 0")
-    if not isinstance(cluster_at, (int, float)) or not 0 <= cluster_at <= 1:
+    number = isinstance(cluster_at, (int, float)) and not isinstance(cluster_at, bool)
+    if not number or not 0 <= cluster_at <= 1:
         raise ValueError(f"cluster_at={cluster_at!r}: expected a number from 0 to 1")
     return {
         **options.integers(),
@@ -96,9 +99,24 @@ def consensus_settings(
     }
 
 
+def as_array(name: str, values: ArrayLike) -> NDArray[Any]:
+    """`values` as an array. Raises ValueError naming them where their rows differ in length."""
+    try:
+        return np.asarray(values)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{name}: expected an array: {error}") from None
+
+
+def check_graphs(graphs: StepGraphs) -> StepGraphs:
+    """The graphs themselves. Raises ValueError for anything else."""
+    if not isinstance(graphs, StepGraphs):
+        raise ValueError(f"graphs: expected StepGraphs, got {type(graphs).__name__}")
+    return graphs
+
+
 def check_pairs(pairs: ArrayLike, graphs: int) -> Int64:
     """[P, 2] int64, all inside the graphs."""
-    index = np.asarray(pairs)
+    index = as_array("pairs", pairs)
     if index.size == 0:
         index = np.zeros((0, 2), dtype=np.int64)
     if index.ndim != 2 or index.shape[1] != 2 or index.dtype.kind not in "iu":
@@ -107,14 +125,14 @@ def check_pairs(pairs: ArrayLike, graphs: int) -> Int64:
     if bad.size:
         p, side = bad[0]
         raise ValueError(f"pairs[{p}, {side}] = {index[p, side]}: there are {graphs} graphs")
-    return np.ascontiguousarray(index, dtype=np.int64)
+    return np.array(index, dtype=np.int64, order="C")
 
 
 def quantise(embeddings: ArrayLike | None, nodes: int) -> NDArray[np.int8] | None:
     """Rows of length 127, rounded to int8: from here on all arithmetic is on integers."""
     if embeddings is None:
         return None
-    rows = np.asarray(embeddings)
+    rows = as_array("embeddings", embeddings)
     if rows.ndim != 2 or rows.shape[0] != nodes or rows.dtype.kind != "f":
         raise ValueError(
             f"embeddings: expected floats [{nodes}, width], one row a step, got {rows.dtype} "
@@ -184,14 +202,18 @@ def match_matrices(
     Raises ValueError naming the pair for a wrong shape or dtype, similarities below 0 or above
     32768, and edges that leave their graph, loop or repeat.
     """
-    options = options or GraphOptions()
-    settings = consensus_settings(options, mode, "coverage", node_budget=node_budget)
-    matrices = [_check_similarity(p, s) for p, s in enumerate(similarities)]
+    settings = consensus_settings(check_options(options), mode, "coverage", node_budget=node_budget)
+    count = check_threads(threads)
+    matrices = [_check_similarity(p, s) for p, s in enumerate(as_list(similarities, "matrix"))]
+    edges_a, edges_b = as_list(edges_a, "edge list"), as_list(edges_b, "edge list")
     if not len(matrices) == len(edges_a) == len(edges_b):
         raise ValueError(
             f"{len(matrices)} similarities, {len(edges_a)} and {len(edges_b)} edge lists"
         )
     sizes = np.array([s.shape for s in matrices], dtype=np.int64).reshape(-1, 2)
+    large = np.flatnonzero(sizes.max(1, initial=0) > MOST_STEPS)
+    if large.size:
+        raise ValueError(f"pair {large[0]}: {sizes[large[0]].max()} steps; at most {MOST_STEPS}")
     a, b = (_edges(name, edges, sizes[:, side]) for side, name, edges in (
         (0, "edges_a", edges_a), (1, "edges_b", edges_b)))  # fmt: skip
     native, _ = choose(backend)
@@ -200,7 +222,7 @@ def match_matrices(
         cu = np.concatenate([[0], np.cumsum(sizes.prod(1))]).astype(np.int64)
         flat = np.concatenate([np.zeros(0, np.int32), *(s.ravel() for s in matrices)])
         values, bounds, proven, rows, assigned = native.match_arrays(
-            flat, cu, sizes, a, b, half, settings["mode"], node_budget, check_threads(threads)
+            flat, cu, sizes, a, b, half, settings["mode"], settings["node_budget"], count
         )
         nan = np.full(len(matrices), np.nan)
         return MatchResult(values, bounds, proven.astype(bool), nan, rows, assigned)
@@ -227,7 +249,7 @@ def _edge_tuples(edges: ArrayLike) -> list[tuple[int, int, int]]:
 
 
 def _check_similarity(p: int, similarity: ArrayLike, limit: int = ONE) -> NDArray[np.int32]:
-    s = np.asarray(similarity)
+    s = as_array(f"pair {p}", similarity)
     if s.ndim != 2 or s.dtype.kind not in "iu":
         raise ValueError(f"pair {p}: expected a matrix of integers, got {s.dtype} {s.shape}")
     bad = np.argwhere((s < 0) | (s > limit))
@@ -240,7 +262,7 @@ def _check_similarity(p: int, similarity: ArrayLike, limit: int = ONE) -> NDArra
 def _edges(name: str, lists: Sequence[ArrayLike], nodes: Int64) -> list[Any]:
     arrays = []
     for p, edges in enumerate(lists):
-        array = np.asarray(edges)
+        array = as_array(f"{name}[{p}]", edges)
         if array.size == 0:
             array = np.zeros((0, 3), dtype=np.int64)
         if array.ndim != 2 or array.shape[1] != 3 or array.dtype.kind not in "iu":
@@ -268,9 +290,13 @@ def assign(
 ) -> tuple[Int64, list[NDArray[np.int32]]]:
     """Maximum-weight assignments: (values [P], column of each row or -1, matrix by matrix).
 
-    Rows may stay unassigned; weights of 0 count as unassigned.
+    Rows may stay unassigned; weights of 0 count as unassigned. Raises ValueError naming the matrix
+    and the entry for what is not a matrix of integers in that range.
     """
-    matrices = [_check_similarity(p, w, (1 << 30) - 1) for p, w in enumerate(weights)]
+    count = check_threads(threads)
+    matrices = [
+        _check_similarity(p, w, (1 << 30) - 1) for p, w in enumerate(as_list(weights, "matrix"))
+    ]
     native, _ = choose(backend)
     if native is None:
         found = [twin.assign(w.tolist()) for w in matrices]
@@ -279,5 +305,5 @@ def assign(
     sizes = np.array([w.shape for w in matrices], dtype=np.int64).reshape(-1, 2)
     cu = np.concatenate([[0], np.cumsum(sizes.prod(1))]).astype(np.int64)
     flat = np.concatenate([np.zeros(0, np.int32), *(w.ravel() for w in matrices)])
-    values, rows, assigned = native.assignment(flat, cu, sizes, check_threads(threads))
+    values, rows, assigned = native.assignment(flat, cu, sizes, count)
     return values, np.split(assigned, rows[1:-1]) if matrices else []

@@ -11,6 +11,7 @@ ANSWER_NONE, ANSWER_IMPLIED, ANSWER_EXPLICIT = 0, 1, 2
 EDGE_NEXT, EDGE_USES = 0, 1
 ONE = 1 << 15  # similarity 1.0
 UNIT = 1 << 24  # agreement 1.0
+MOST_STEPS = 2048  # in one graph: no sum of the core can overflow below
 SHIFT = 23  # similarity * similarity * edge weight is in units of 1 / (ONE << SHIFT)
 
 Mode = Literal["relaxed", "exact", "fast"]
@@ -93,9 +94,15 @@ class GraphOptions:
                 self._number(name, value, 1.0)
         if not self.ramp[0] < self.ramp[1]:
             raise ValueError(f"ramp={self.ramp!r}: the first must be below the second")
+        if self.edge_weight * max(self.next_edge, self.uses_edge) > 1:
+            raise ValueError(
+                f"edge_weight={self.edge_weight!r}: times the larger of next_edge="
+                f"{self.next_edge!r} and uses_edge={self.uses_edge!r} it must be at most 1"
+            )
+        ranges = {"max_steps": (1, MOST_STEPS), "max_bytes": (1, 1 << 28)}
         for name in ("dedupe_min_words", "max_steps", "max_bytes"):
             value = getattr(self, name)
-            low, high = {"max_steps": (1, 2048), "max_bytes": (1, 1 << 28)}.get(name, (0, 1 << 20))
+            low, high = ranges.get(name, (0, 1 << 20))
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"{name}={value!r}: expected an integer from {low} to {high}")
 
@@ -129,6 +136,15 @@ class GraphOptions:
             "max_steps": self.max_steps,
             "max_bytes": self.max_bytes,
         }
+
+
+def check_options(options: GraphOptions | None) -> GraphOptions:
+    """The options, or the default ones. Raises ValueError for anything else."""
+    if options is None:
+        return GraphOptions()
+    if not isinstance(options, GraphOptions):
+        raise ValueError(f"options: expected GraphOptions or None, got {type(options).__name__}")
+    return options
 
 
 OPTION_NAMES = tuple(f.name for f in fields(GraphOptions))

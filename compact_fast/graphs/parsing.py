@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, NoReturn
 
 import numpy as np
@@ -10,7 +11,12 @@ import numpy as np
 from compact_fast.graphs.fallback_parse import Graph, Node, parse_text
 from compact_fast.graphs.fallback_parse import answer_key as answer_key_python
 from compact_fast.graphs.native import Backend, choose
-from compact_fast.graphs.options import ANSWER_EXPLICIT, ANSWER_NONE, GraphOptions
+from compact_fast.graphs.options import (
+    ANSWER_EXPLICIT,
+    ANSWER_NONE,
+    GraphOptions,
+    check_options,
+)
 from compact_fast.graphs.structure import StepGraphs
 
 _WORD = (1 << 64) - 1
@@ -28,13 +34,14 @@ def parse_rationales(
     Raises ValueError naming the text for what is not a string, not valid Unicode or beyond
     `options.max_bytes` / `options.max_steps`.
     """
-    options = options or GraphOptions()
+    options = check_options(options)
+    count = check_threads(threads)
     texts = check_texts(texts)
     native, _ = choose(backend)
     if native is None:
         return pack(parse_python(texts, options))
     try:
-        arrays = native.parse(texts, options.integers(), check_threads(threads))
+        arrays = native.parse(texts, options.integers(), count)
     except OverflowError as error:
         raise_parse_error(error)
     return StepGraphs.unchecked(arrays)
@@ -51,13 +58,23 @@ def check_threads(threads: int | None) -> int:
     return threads
 
 
+def as_list(items: Any, name: str) -> list[Any]:
+    """The items of anything ordered. Raises ValueError for one string and for what has no order."""
+    if isinstance(items, (str, bytes)):
+        raise ValueError(f"expected a list of {name}s, got one string")
+    if not isinstance(items, (Mapping, AbstractSet)):
+        try:
+            return list(items)
+        except TypeError:
+            pass
+    raise ValueError(f"expected a list of {name}s, got {type(items).__name__}")
+
+
 def check_texts(
     texts: Sequence[str | None], name: str = "text", *, optional: bool = False
 ) -> list[Any]:
     """A list of valid strings (or None where `optional`)."""
-    if isinstance(texts, str):
-        raise ValueError(f"expected a list of {name}s, got one string")
-    out = list(texts)
+    out = as_list(texts, name)
     for s, text in enumerate(out):
         if text is None and optional:
             continue

@@ -11,10 +11,24 @@ from numpy.typing import ArrayLike, NDArray
 
 from compact_fast.graphs import fallback_match as twin
 from compact_fast.graphs.fallback_parse import Graph
-from compact_fast.graphs.matching import consensus_settings, match_python, quantise
+from compact_fast.graphs.matching import (
+    as_array,
+    check_graphs,
+    consensus_settings,
+    match_python,
+    quantise,
+)
 from compact_fast.graphs.native import Backend, backend_name, choose
-from compact_fast.graphs.options import MODES, UNIT, Centrality, GraphOptions, Mode
+from compact_fast.graphs.options import (
+    MODES,
+    UNIT,
+    Centrality,
+    GraphOptions,
+    Mode,
+    check_options,
+)
 from compact_fast.graphs.parsing import (
+    as_list,
     check_texts,
     check_threads,
     parse_python,
@@ -25,6 +39,7 @@ from compact_fast.graphs.parsing import (
 from compact_fast.graphs.structure import Int64, StepGraphs, check_offsets
 
 NO_EVIDENCE, UNDECIDABLE = 1, 2
+MOST_TEACHERS = 4096  # of one question
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,16 +81,18 @@ def consensus(
     Raises ValueError naming question and teacher for texts that are not valid strings or too long,
     and for offsets that do not fit.
     """
-    options = options or GraphOptions()
+    options = check_options(options)
     settings = consensus_settings(
         options, mode, centrality, node_budget=node_budget, cluster_at=cluster_at
     )
+    texts = as_list(texts, "text")
     cu = _check_cu(cu_teachers, len(texts))
     count = check_threads(threads)
     native, _ = choose(backend)
     try:
         texts = check_texts(texts)
         if final_answers is not None:
+            final_answers = as_list(final_answers, "final answer")
             if len(final_answers) != len(texts):
                 raise ValueError(f"{len(texts)} texts, but {len(final_answers)} final answers")
             final_answers = check_texts(final_answers, "final answer", optional=True)
@@ -90,9 +107,9 @@ def consensus(
         try:
             raise_parse_error(error)
         except ValueError as named:
-            raise ValueError(_place(str(named), cu)) from None
+            raise ValueError(name_place(str(named), cu)) from None
     except ValueError as error:
-        raise ValueError(_place(str(error), cu)) from None
+        raise ValueError(name_place(str(error), cu)) from None
     return _result(flat, cu, backend)
 
 
@@ -111,13 +128,14 @@ def score_graphs(
 ) -> ConsensusResult:
     """As `consensus`, from graphs that are already parsed, with embeddings if wanted."""
     settings = consensus_settings(
-        options or GraphOptions(), mode, centrality, node_budget=node_budget, cluster_at=cluster_at
+        check_options(options), mode, centrality, node_budget=node_budget, cluster_at=cluster_at
     )
-    cu = _check_cu(cu_teachers, len(graphs))
+    count = check_threads(threads)
+    cu = _check_cu(cu_teachers, len(check_graphs(graphs)))
     rows = quantise(embeddings, graphs.result.size)
     native, _ = choose(backend)
     if native is not None:
-        flat = native.score_graphs(graphs.arrays(), rows, cu, settings, check_threads(threads))
+        flat = native.score_graphs(graphs.arrays(), rows, cu, settings, count)
     else:
         lists = None
         if rows is not None:
@@ -134,14 +152,21 @@ def agreement(
 
 
 def _check_cu(cu_teachers: ArrayLike, texts: int) -> Int64:
-    cu = np.asarray(cu_teachers)
+    cu = as_array("cu_teachers", cu_teachers)
     if cu.ndim != 1 or cu.size < 1 or cu.dtype.kind not in "iu":
         raise ValueError(f"cu_teachers: expected integers [Q + 1], got {cu.dtype} {cu.shape}")
     check_offsets("cu_teachers", cu, cu.size - 1, texts)
+    many = np.flatnonzero(np.diff(cu) > MOST_TEACHERS)
+    if many.size:
+        q = many[0]
+        raise ValueError(
+            f"question {q}: {cu[q + 1] - cu[q]} teachers; at most {MOST_TEACHERS}, for all pairs "
+            "are compared (has cu_teachers an entry for every question?)"
+        )
     return np.ascontiguousarray(cu, dtype=np.int64)
 
 
-def _place(message: str, cu: Int64) -> str:
+def name_place(message: str, cu: Int64) -> str:
     """ "text 7: ..." or "final answer 7: ..." with question and teacher put in front."""
     for what in ("text ", "final answer "):
         if message.startswith(what) and (index := message[len(what) :].partition(":")[0]).isdigit():

@@ -213,7 +213,14 @@ def score_batch(batch: Any, **choices: Any) -> Any:
     if isinstance(batch, pa.Table):
         rows = batch.to_pylist()
     else:
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"batch: expected a mapping of columns or a table, got {type(batch).__name__}"
+            )
         columns = {name: list(column) for name, column in batch.items()}
+        if len({len(column) for column in columns.values()}) > 1:
+            lengths = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
+            raise ValueError(f"batch: columns differ in length: {lengths}")
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     chunk = [question_texts(row, f"row {i}") for i, row in enumerate(rows)]
     table = score_questions(chunk, **{"threads": 1, **choices})
@@ -258,11 +265,13 @@ def question_texts(row: Mapping[str, Any], place: str) -> QuestionTexts:
     """The default `convert`. Raises ValueError naming place and field."""
     if "CoT" in row:
         texts = row["CoT"]
+        if not isinstance(texts, (list, tuple, np.ndarray)):
+            raise ValueError(f"{place}: CoT: expected a list, got {type(texts).__name__}")
         teachers, answers = [f"teacher-{k}" for k in range(len(texts))], None
         gold = row.get("Answer")
     else:
         rationales = row.get("rationales")
-        if rationales is None or isinstance(rationales, (str, Mapping)):
+        if not isinstance(rationales, (list, tuple, np.ndarray)):
             raise ValueError(
                 f"{place}: rationales: expected a list, got {type(rationales).__name__}"
             )
@@ -278,15 +287,27 @@ def question_texts(row: Mapping[str, Any], place: str) -> QuestionTexts:
         if not isinstance(text, str):
             raise ValueError(f"{place}: rationale {k}: expected text, got {type(text).__name__}")
     if answers is not None:
-        answers = [None if a is None else str(a) for a in answers]
+        answers = [
+            _answer_text(a, f"{place}: rationales[{k}].answer") for k, a in enumerate(answers)
+        ]
     name = row.get("id")
     return QuestionTexts(
         place if name is None else str(name),
         teachers,
         list(texts),
         answers,
-        None if gold is None else str(gold),
+        _answer_text(gold, f"{place}: answer"),
     )
+
+
+def _answer_text(answer: object, place: str) -> str | None:
+    """A final answer as text. NaN, which tables put where nothing is, would pass for an answer that
+    teachers share."""
+    if answer is None or isinstance(answer, str):
+        return answer
+    if isinstance(answer, (int, float, np.number, np.bool_)) and np.isfinite(answer):
+        return str(answer)
+    raise ValueError(f"{place}: expected text, a finite number or null, got {answer!r:.80}")
 
 
 # ---- state and end -----------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compact_fast.graphs.options import MOST_STEPS
+
 Int64 = NDArray[np.int64]
 
 
@@ -16,7 +18,8 @@ Int64 = NDArray[np.int64]
 class StepGraphs:
     """G graphs, N nodes (steps), E edges. Node numbers inside edges count from the graph's first.
 
-    Raises ValueError naming the array, the place and the value when arrays contradict each other.
+    The arrays are kept as read-only copies: what has been checked stays true. Raises ValueError
+    naming the array, the place and the value when arrays contradict each other.
     """
 
     cu_nodes: Int64  # [G+1]; graph g has nodes cu_nodes[g]..cu_nodes[g+1]-1
@@ -42,6 +45,8 @@ class StepGraphs:
     def unchecked(cls, arrays: dict[str, NDArray[Any]]) -> StepGraphs:
         """From the core's own arrays, which need no check."""
         graphs = object.__new__(cls)
+        for array in arrays.values():
+            array.flags.writeable = False
         graphs.__dict__.update(arrays)
         return graphs
 
@@ -55,6 +60,11 @@ class StepGraphs:
                 raise ValueError(f"graphs.{name}: expected an array, got {type(array).__name__}")
             if array.dtype != _DTYPES[name]:
                 raise ValueError(f"graphs.{name}: expected {_DTYPES[name]}, got {array.dtype}")
+            if name != "signature" and array.ndim != 1:
+                raise ValueError(f"graphs.{name}: expected one dimension, got shape {array.shape}")
+            kept = np.array(array, order="C")
+            kept.flags.writeable = False
+            object.__setattr__(self, name, kept)
         graphs, nodes, edges = self.answer.size, self.result.size, self.edge_source.size
         for name, size in (
             ("answer_kind", (graphs,)),
@@ -72,6 +82,10 @@ class StepGraphs:
         check_offsets("graphs.cu_edges", self.cu_edges, graphs, edges)
         check_offsets("graphs.cu_shingles", self.cu_shingles, graphs, self.shingles.size)
         check_offsets("graphs.cu_numbers", self.cu_numbers, nodes, self.numbers.size)
+        long = np.flatnonzero(np.diff(self.cu_nodes) > MOST_STEPS)
+        if long.size:
+            steps = np.diff(self.cu_nodes)[long[0]]
+            raise ValueError(f"graph {long[0]} has {steps} steps; at most {MOST_STEPS}")
         check_edges(
             "graphs", self.edge_source, self.edge_target, self.edge_type, self.edge_graph,
             np.diff(self.cu_nodes)[self.edge_graph],
@@ -113,7 +127,7 @@ def check_offsets(name: str, cu: NDArray[Any], count: int, total: int) -> None:
         raise ValueError(f"{name}: expected shape ({count + 1},), got {cu.shape}")
     if cu[0] != 0 or cu[-1] != total:
         raise ValueError(f"{name}: must rise from 0 to {total}, goes from {cu[0]} to {cu[-1]}")
-    bad = np.flatnonzero(np.diff(cu) < 0)
+    bad = np.flatnonzero(cu[1:] < cu[:-1])  # a difference could wrap around
     if bad.size:
         raise ValueError(f"{name}[{bad[0] + 1}] = {cu[bad[0] + 1]}: below the entry before it")
 
