@@ -5,7 +5,8 @@
 //            2 h_type S_ij S_kl x_ij x_kl,         2 h_type = lambda * edge weight.
 // fast: value of a good matching. exact: the best value, or bounds when the node budget ends.
 // relaxed: one assignment on C_ij = S_ij (1 + sum_type,direction h_type min(best neighbours of i, of
-// j)); it is never below exact, and the same for any numbering of the nodes.
+// j)); it is never below exact. All are the same for (a, b) and (b, a); relaxed, and exact where it is
+// proven, also for any numbering of the nodes.
 #pragma once
 
 #include <cstdint>
@@ -41,12 +42,17 @@ class Matcher {
                      std::int64_t node_budget, std::int32_t* assigned);
 
  private:
+  // The matching goes to columns_.
+  MatchOutcome match_rows(Mode mode, const std::int32_t* similarity, std::int64_t n, std::int64_t m,
+                          const EdgeList& a, const EdgeList& b, const std::int32_t* edge_half,
+                          std::int64_t node_budget);
+
   Neighbours a_, b_;
   Bounds bounds_;
   Assignment lap_;
   LocalSearch local_;
   ProofSearch proof_;
-  std::vector<std::int32_t> c_, columns_, straight_;
+  std::vector<std::int32_t> c_, columns_, straight_, turned_;
 };
 
 }  // namespace compact

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -40,7 +41,12 @@ void parallel_for(std::int64_t count, std::int64_t chunk, int threads, Work&& wo
     }
   };
   std::vector<std::thread> pool;
-  for (int t = 1; t < threads; ++t) pool.emplace_back(loop, t);
+  pool.reserve(static_cast<std::size_t>(threads));
+  try {
+    for (int t = 1; t < threads; ++t) pool.emplace_back(loop, t);
+  } catch (const std::system_error&) {
+    // the system gives no more threads: those that run do all the work
+  }
   loop(0);
   for (auto& t : pool) t.join();
   if (error) std::rethrow_exception(error);

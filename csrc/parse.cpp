@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 
 #include "lexicon.h"
 #include "lines.h"
@@ -361,7 +362,10 @@ bool Parser::answer_key(std::string_view text, std::int64_t& key) {
   marked_ = "#### ";
   for (char c : text) marked_.push_back(c == '\n' ? ' ' : c);
   scratch_.clear();
+  const std::int64_t limit = max_steps_;
+  max_steps_ = std::numeric_limits<std::int64_t>::max();  // of rationales, not of answers
   run(marked_, scratch_);
+  max_steps_ = limit;
   if (answer_kind_ != kExplicitAnswer) return false;
   key = answer_key_;
   return true;
