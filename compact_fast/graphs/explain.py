@@ -163,11 +163,11 @@ def examine(
     backend: Backend = "auto",
 ) -> Explanation:
     """One question's rationales as the consensus sees them. Raises ValueError as `consensus`."""
-    texts = as_list(texts, "text")
+    texts = as_list(texts, "texts")
     names = (
         [f"teacher-{k}" for k in range(len(texts))]
         if teachers is None
-        else [str(name) for name in as_list(teachers, "teacher")]
+        else [str(name) for name in as_list(teachers, "teachers")]
     )
     if len(names) != len(texts):
         raise ValueError(f"{len(texts)} texts, but {len(names)} teachers")
@@ -175,7 +175,7 @@ def examine(
     try:
         objects = unpack(parse_rationales(texts, options=options, backend=backend))
         if final_answers is not None:
-            final_answers = as_list(final_answers, "final answer")
+            final_answers = as_list(final_answers, "final answers")
             if len(final_answers) != len(texts):
                 raise ValueError(f"{len(texts)} texts, but {len(final_answers)} final answers")
             keys, known = answer_keys(final_answers, backend)

@@ -204,8 +204,8 @@ def match_matrices(
     """
     settings = consensus_settings(check_options(options), mode, "coverage", node_budget=node_budget)
     count = check_threads(threads)
-    matrices = [_check_similarity(p, s) for p, s in enumerate(as_list(similarities, "matrix"))]
-    edges_a, edges_b = as_list(edges_a, "edge list"), as_list(edges_b, "edge list")
+    matrices = [_check_similarity(p, s) for p, s in enumerate(as_list(similarities, "matrices"))]
+    edges_a, edges_b = as_list(edges_a, "edge lists"), as_list(edges_b, "edge lists")
     if not len(matrices) == len(edges_a) == len(edges_b):
         raise ValueError(
             f"{len(matrices)} similarities, {len(edges_a)} and {len(edges_b)} edge lists"
@@ -295,7 +295,7 @@ def assign(
     """
     count = check_threads(threads)
     matrices = [
-        _check_similarity(p, w, (1 << 30) - 1) for p, w in enumerate(as_list(weights, "matrix"))
+        _check_similarity(p, w, (1 << 30) - 1) for p, w in enumerate(as_list(weights, "matrices"))
     ]
     native, _ = choose(backend)
     if native is None:

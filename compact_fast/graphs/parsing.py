@@ -58,23 +58,23 @@ def check_threads(threads: int | None) -> int:
     return threads
 
 
-def as_list(items: Any, name: str) -> list[Any]:
+def as_list(items: Any, names: str) -> list[Any]:
     """The items of anything ordered. Raises ValueError for one string and for what has no order."""
     if isinstance(items, (str, bytes)):
-        raise ValueError(f"expected a list of {name}s, got one string")
+        raise ValueError(f"expected a list of {names}, got one string")
     if not isinstance(items, (Mapping, AbstractSet)):
         try:
             return list(items)
         except TypeError:
             pass
-    raise ValueError(f"expected a list of {name}s, got {type(items).__name__}")
+    raise ValueError(f"expected a list of {names}, got {type(items).__name__}")
 
 
 def check_texts(
     texts: Sequence[str | None], name: str = "text", *, optional: bool = False
 ) -> list[Any]:
     """A list of valid strings (or None where `optional`)."""
-    out = as_list(texts, name)
+    out = as_list(texts, name + "s")
     for s, text in enumerate(out):
         if text is None and optional:
             continue

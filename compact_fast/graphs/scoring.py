@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -85,14 +86,14 @@ def consensus(
     settings = consensus_settings(
         options, mode, centrality, node_budget=node_budget, cluster_at=cluster_at
     )
-    texts = as_list(texts, "text")
+    texts = as_list(texts, "texts")
     cu = _check_cu(cu_teachers, len(texts))
     count = check_threads(threads)
     native, _ = choose(backend)
     try:
         texts = check_texts(texts)
         if final_answers is not None:
-            final_answers = as_list(final_answers, "final answer")
+            final_answers = as_list(final_answers, "final answers")
             if len(final_answers) != len(texts):
                 raise ValueError(f"{len(texts)} texts, but {len(final_answers)} final answers")
             final_answers = check_texts(final_answers, "final answer", optional=True)
@@ -178,17 +179,29 @@ def name_place(message: str, cu: Int64) -> str:
 def _result(flat: tuple[Any, ...], cu: Int64, backend: Backend) -> ConsensusResult:
     r, scores, groups, flags = flat
     name, reason = backend_name(backend)
-    squares = np.diff(cu) ** 2
-    parts = np.split(r / UNIT, np.cumsum(squares)[:-1]) if squares.size else []
     return ConsensusResult(
         scores=scores,
-        agreement=[p.reshape(k, k) for p, k in zip(parts, np.diff(cu), strict=True)],
+        agreement=_matrices(r / UNIT, np.diff(cu)),
         groups=groups,
         no_evidence=(flags & NO_EVIDENCE) > 0,
         undecidable=(flags & UNDECIDABLE) > 0,
         backend=name,
         backend_reason=reason,
     )
+
+
+def _matrices(flat: NDArray[np.float64], sizes: Int64) -> list[NDArray[np.float64]]:
+    """One [K, K] a question. Runs of equal K at once: this part has one thread, whatever comes."""
+    out: list[NDArray[np.float64]] = []
+    bounds = [0, *(np.flatnonzero(np.diff(sizes)) + 1).tolist(), sizes.size]
+    at = 0
+    for first, behind in pairwise(bounds):
+        if first < behind:
+            k = int(sizes[first])
+            end = at + (behind - first) * k * k
+            out += list(flat[at:end].reshape(behind - first, k, k))
+            at = end
+    return out
 
 
 def _score_python(
