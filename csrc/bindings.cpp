@@ -95,51 +95,41 @@ ConsensusOptions read_consensus(const py::dict& d) {
   return o;
 }
 
-py::dict graphs_out(StepGraphs&& g) {
+py::dict graphs_out(std::vector<StepGraphs>& parts, int threads) {
   py::dict d;
-  d["cu_nodes"] = to_array(std::move(g.cu_nodes));
-  d["cu_edges"] = to_array(std::move(g.cu_edges));
-  d["cu_shingles"] = to_array(std::move(g.cu_shingles));
-  d["answer"] = to_array(std::move(g.answer));
-  d["answer_kind"] = to_array(std::move(g.answer_kind));
-  d["result"] = to_array(std::move(g.result));
-  d["result_kind"] = to_array(std::move(g.result_kind));
-  d["operators"] = to_array(std::move(g.operators));
-  auto signatures = std::make_unique<std::vector<Signature>>(std::move(g.signature));
-  const std::uint64_t* words = signatures->empty() ? nullptr : signatures->front().data();
-  const auto nodes = static_cast<py::ssize_t>(signatures->size());
-  py::capsule owner(signatures.get(), [](void* p) { delete static_cast<std::vector<Signature>*>(p); });
-  signatures.release();
-  d["signature"] = py::array_t<std::uint64_t>({nodes, py::ssize_t{8}}, words, owner);
-  d["cu_numbers"] = to_array(std::move(g.cu_numbers));
-  d["numbers"] = to_array(std::move(g.numbers));
-  d["edge_source"] = to_array(std::move(g.edge_source));
-  d["edge_target"] = to_array(std::move(g.edge_target));
-  d["edge_type"] = to_array(std::move(g.edge_type));
-  d["shingles"] = to_array(std::move(g.shingles));
+  Join join(parts, [&](const char* name, std::size_t count, auto value) {
+    using Value = decltype(value);
+    const auto rows = static_cast<py::ssize_t>(count);
+    if constexpr (std::is_same_v<Value, Signature>) {
+      py::array_t<std::uint64_t> array({rows, py::ssize_t{8}});
+      d[name] = array;
+      return reinterpret_cast<Signature*>(array.mutable_data());
+    } else {
+      py::array_t<Value> array(rows);
+      d[name] = array;
+      return array.mutable_data();
+    }
+  });
+  {
+    py::gil_scoped_release release;
+    join.run(threads);
+  }
   return d;
 }
 
 StepGraphs graphs_in(const py::dict& d) {
   StepGraphs g;
-  g.cu_nodes = to_vector<std::int64_t>(d["cu_nodes"]);
-  g.cu_edges = to_vector<std::int64_t>(d["cu_edges"]);
-  g.cu_shingles = to_vector<std::int64_t>(d["cu_shingles"]);
-  g.answer = to_vector<std::int64_t>(d["answer"]);
-  g.answer_kind = to_vector<std::uint8_t>(d["answer_kind"]);
-  g.result = to_vector<std::int64_t>(d["result"]);
-  g.result_kind = to_vector<std::uint8_t>(d["result_kind"]);
-  g.operators = to_vector<std::uint8_t>(d["operators"]);
-  auto signature = Array<std::uint64_t>::ensure(d["signature"]);
-  g.signature.resize(g.result.size());
-  if (!g.signature.empty())
-    std::memcpy(g.signature.data(), signature.data(), g.signature.size() * sizeof(Signature));
-  g.cu_numbers = to_vector<std::int64_t>(d["cu_numbers"]);
-  g.numbers = to_vector<std::int64_t>(d["numbers"]);
-  g.edge_source = to_vector<std::int32_t>(d["edge_source"]);
-  g.edge_target = to_vector<std::int32_t>(d["edge_target"]);
-  g.edge_type = to_vector<std::uint8_t>(d["edge_type"]);
-  g.shingles = to_vector<std::uint64_t>(d["shingles"]);
+  each_column([&](const char* name, auto member, bool) {
+    using Value = typename std::decay_t<decltype(g.*member)>::value_type;
+    if constexpr (std::is_same_v<Value, Signature>) {
+      auto array = Array<std::uint64_t>::ensure(d[name]);
+      if (!array) throw py::error_already_set();
+      g.signature.resize(static_cast<std::size_t>(array.shape(0)));
+      if (!g.signature.empty()) std::memcpy(g.signature.data(), array.data(), array.nbytes());
+    } else {
+      g.*member = to_vector<Value>(d[name]);
+    }
+  });
   return g;
 }
 
@@ -153,14 +143,14 @@ void raise_on(const ParseError& error) {
 py::dict parse(const py::list& texts, const py::dict& options, int threads) {
   const Options o = read_options(options);
   const auto all = views(texts);
-  StepGraphs graphs;
+  std::vector<StepGraphs> parts;
   ParseError error;
   {
     py::gil_scoped_release release;
-    parse_all(all, o, threads, graphs, error);
+    parse_all(all, o, threads, parts, error);
   }
   raise_on(error);
-  return graphs_out(std::move(graphs));
+  return graphs_out(parts, threads);
 }
 
 py::tuple answer_keys(const py::list& answers) {

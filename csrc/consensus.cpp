@@ -207,10 +207,10 @@ std::uint8_t QuestionScorer::score_groups(const std::int64_t* r, std::int64_t k,
 }
 
 void parse_all(const std::vector<std::string_view>& texts, const Options& options, int threads,
-               StepGraphs& out, ParseError& error) {
+               std::vector<StepGraphs>& parts, ParseError& error) {
   constexpr std::int64_t chunk = 64;
   const auto count = static_cast<std::int64_t>(texts.size());
-  std::vector<StepGraphs> parts(static_cast<std::size_t>((count + chunk - 1) / chunk));
+  parts.resize(static_cast<std::size_t>((count + chunk - 1) / chunk));
   std::mutex guard;
   parallel_for(count, chunk, threads, [&](std::int64_t begin, std::int64_t end, int) {
     thread_local std::unique_ptr<Parser> parser;
@@ -227,12 +227,6 @@ void parse_all(const std::vector<std::string_view>& texts, const Options& option
       if (error.text < 0 || mine.text < error.text) error = mine;
     }
   });
-  if (error.text >= 0) return;
-  out.reserve(parts);
-  for (StepGraphs& part : parts) {
-    out.append(part);
-    part = StepGraphs{};
-  }
 }
 
 void score_questions(const std::vector<std::string_view>& texts, const std::vector<std::int64_t>& cu,

@@ -75,9 +75,10 @@ struct ParseError {
   std::string reason;
 };
 
-// Parses texts[0..count) into `out` in order. On failure `error.text` names the first bad one.
+// Parses texts[0..count) into parts of a few graphs, in order; Join puts them together. On failure
+// `error.text` names the first bad text.
 void parse_all(const std::vector<std::string_view>& texts, const Options& options, int threads,
-               StepGraphs& out, ParseError& error);
+               std::vector<StepGraphs>& parts, ParseError& error);
 
 // The whole way for questions [0, Q): texts of question q are cu[q]..cu[q+1]-1. `answers` (may be
 // empty) replaces the answers found in the texts: answer_given[s] says whether there is one.

@@ -1,4 +1,5 @@
-"""Parser and whole consensus on real texts, native against the Python twin, one thread.
+"""Parser and whole consensus on real texts, one thread: native, the Python twin, and sentencex,
+which only splits sentences (left out where it is not installed).
 
     python bench/matching/bench_parser.py [--data FOLDER]
 
@@ -18,13 +19,19 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from pairs import machine
 
 from compact_fast.graphs import consensus, parse_rationales
 
+try:
+    import sentencex
+except ImportError:
+    sentencex = None
+
 ROOT = Path(__file__).parents[2]
 FILES = (
-    "gsm8k_test_openai", "gsm8k_train_eit", "svamp_train_fair", "math_train_eit",
-    "strategyqa_train_eit", "obqa_train_eit_tinyllm",
+    "gsm8k_test_openai", "gsm8k_train_eit", "svamp_train_fair", "svamp_train_eit",
+    "math_train_eit", "strategyqa_train_eit", "obqa_train_eit_tinyllm",
 )  # fmt: skip
 
 
@@ -49,6 +56,11 @@ def main() -> None:
         cu = np.cumsum([0] + [len(row["rationales"]) for row in rows])
         native = seconds(partial(parse_rationales, texts, backend="native", threads=1), 5)
         twin = seconds(partial(parse_rationales, texts[:400], backend="rustworkx"), 1)
+        split = ""
+        if sentencex is not None:
+            segment = sentencex.segment
+            spent = seconds(lambda: [list(segment("en", t)) for t in texts], 3)  # noqa: B023
+            split = str(round(len(texts) / spent))
         whole = seconds(partial(consensus, texts, cu, backend="native", threads=1), 5)
         lines.append(
             {
@@ -56,7 +68,9 @@ def main() -> None:
                 "mean_characters": round(np.mean([len(t) for t in texts])),
                 "rationales_per_second": round(len(texts) / native),
                 "rationales_per_second_python": round(400 / twin),
+                "sentencex_rationales_per_second": split,
                 "questions_per_second": round(len(rows) / whole),
+                **machine(),
             }
         )
         print(*lines[-1].values())

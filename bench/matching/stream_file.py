@@ -2,6 +2,7 @@
 
     python bench/matching/stream_file.py [--questions 1000000] [--teachers 5] [--folder /tmp]
 
+The input is made first, and left there if --write-only is given: score it on a quiet machine later.
 Appends one line to bench/results/consensus_stream.csv: seconds, questions/s, peak memory.
 """
 
@@ -16,6 +17,8 @@ import resource
 import time
 from pathlib import Path
 from typing import Any
+
+from pairs import machine
 
 from compact_fast.graphs.stream import score_file
 
@@ -35,8 +38,8 @@ THINGS = [
 NAMES = ["Anna", "Ben", "Carla", "David", "Emma", "Felix", "Greta", "Hugo", "Ida", "Jonas"]
 
 
-def write(path: Path, questions: int, teachers: int) -> int:
-    """A file of word problems, each solved by `teachers` in their own words; bytes written."""
+def write(path: Path, questions: int, teachers: int) -> None:
+    """A file of word problems, each solved by `teachers` in their own words."""
     rng = random.Random(0)
     with path.open("w") as file:
         for q in range(questions):
@@ -61,7 +64,6 @@ def write(path: Path, questions: int, teachers: int) -> int:
             row: dict[str, Any] = {"id": f"q{q}", "question": "", "answer": str(a * b + c - d)}
             row["rationales"] = rationales
             file.write(json.dumps(row) + "\n")
-    return path.stat().st_size
 
 
 def main() -> None:
@@ -69,10 +71,18 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=1_000_000)
     parser.add_argument("--teachers", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("/tmp"))
+    parser.add_argument("--write-only", action="store_true", help="make the input, score nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/consensus_stream.csv")
     arguments = parser.parse_args()
-    source = arguments.folder / "consensus_stream.jsonl"
-    size = write(source, arguments.questions, arguments.teachers)
+    name = f"consensus_stream_{arguments.questions}x{arguments.teachers}.jsonl"
+    source = arguments.folder / name
+    if not source.exists():
+        part = source.with_suffix(".part")
+        write(part, arguments.questions, arguments.teachers)
+        part.rename(source)
+    size = source.stat().st_size
+    if arguments.write_only:
+        return
     start = time.perf_counter()
     used = time.process_time()
     report = score_file(source, arguments.folder / "consensus_stream.parquet")
@@ -87,6 +97,7 @@ def main() -> None:
         "questions_per_second": round(report.questions / seconds),
         "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "load_average": round(os.getloadavg()[0], 1),
+        **machine(),
     }
     print(line)
     new = not arguments.out.exists()

