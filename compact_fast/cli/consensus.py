@@ -13,7 +13,7 @@ from compact_fast.cli.train import say
 from compact_fast.cli.verb import Verb
 from compact_fast.flat_yaml import Setting, check, parse_text
 from compact_fast.run_config import schema
-from compact_fast.tables import CountLine, duration, indent, percent, table
+from compact_fast.tables import ProgressLine, duration, indent, percent, table
 
 if TYPE_CHECKING:
     from compact_fast.graphs.stream import QuestionTexts, StreamReport
@@ -35,7 +35,7 @@ def run(arguments: Arguments) -> int:
     if resumable(target):
         say(f"going on with an earlier run of {target}")
     started = time.monotonic()
-    progress = CountLine("consensus", " questions")
+    progress = _ConsensusLine()
     report = score_file(source, target, backend=backend, threads=threads, on_progress=progress)
     progress.close()
     say(indent(teachers_text(report)) + "\n")
@@ -47,6 +47,23 @@ def run(arguments: Arguments) -> int:
     done = f"{report.questions:,} questions{earlier}, {duration(spent)}, {speed}"
     say(f"Wrote {target}: {done}")
     return 0
+
+
+class _ConsensusLine(ProgressLine):
+    """Questions done, speed and time left, by the share of the file."""
+
+    def __init__(self) -> None:
+        super().__init__("consensus")
+        self._first: tuple[int, float] | None = None  # what an earlier run had done
+
+    def __call__(self, done: int, share: float) -> None:
+        if self._first is None:
+            self._first = done, share
+        questions, read = done - self._first[0], share - self._first[1]
+        passed = max(time.monotonic() - self.start, 1e-9)
+        left = f", {duration(passed / read * (1 - share))} left" if read > 0 else ""
+        speed = f"{questions / passed:,.0f} a second"
+        self.show(f"consensus: {done:,} questions ({share:.0%} of the file), {speed}{left}")
 
 
 def _value(arguments: Arguments, option: str, key: str) -> Any:
@@ -104,10 +121,10 @@ def _explain(source: Path, name: str, backend: Any, output: str | None) -> None:
 
 def _question(source: Path, name: str) -> QuestionTexts:
     from compact_fast.flat_yaml import near
-    from compact_fast.graphs.stream import question_texts, read_rows
+    from compact_fast.graphs.stream import RowReader, question_texts
 
     names = []
-    for place, row in read_rows(source):
+    for place, row in RowReader(source).rows():
         question = question_texts(row, place)
         if question.id == name:
             return question

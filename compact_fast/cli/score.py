@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +15,6 @@ from compact_fast.tables import ProgressLine, duration, indent, number, percent,
 
 if TYPE_CHECKING:
     from compact_fast.scoring import Done
-
-_LINE_EVERY = 30.0  # seconds between lines where there is no terminal
 
 
 def run(arguments: Arguments) -> int:
@@ -82,19 +79,13 @@ class _ScoreLine(ProgressLine):
     def __init__(self) -> None:
         super().__init__("scoring")
         self.speed = 0.0
-        self._told = time.monotonic()
 
     def __call__(self, done: Done) -> None:  # type: ignore[override]
         self.speed = done.tokens_per_second
-        text = (
+        self.show(
             f"scoring: {done.questions:,} of {done.of_questions:,} questions, "
             f"{done.tokens_per_second:,.0f} tokens/s, {duration(done.seconds_left)} left"
         )
-        if self.due():
-            self.write(text)
-        elif not self.live and time.monotonic() - self._told > _LINE_EVERY:
-            self._told = time.monotonic()
-            print(text, file=sys.stderr, flush=True)
 
 
 VERB = Verb(

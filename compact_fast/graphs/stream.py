@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -90,14 +90,16 @@ def score_file(
     threads: int | None = None,
     chunk_questions: int = 4096,
     filter_below: float = 0.8,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, float], None] | None = None,
 ) -> StreamReport:
     """Score every question of `source` (.jsonl or .parquet) into the parquet file `output`.
 
     `convert(row, place)` makes a row into QuestionTexts; the default reads
     {"rationales": [{"teacher", "text", "answer"?}], "answer"?, "id"?} and the authors'
-    {"Question", "CoT", "Answer"}. `on_progress` gets the number of questions done so far. Memory
-    holds two chunks of questions, whatever the file's size. Rows come out in the order of the file.
+    {"Question", "CoT", "Answer"}. `on_progress` gets the number of questions done so far, those
+    of an interrupted run included (with them it starts), and the share of the input that they are.
+    Memory holds two chunks of questions, whatever the file's size. Rows come out in the order of
+    the file.
 
     Raises ValueError naming file, line and field for rows that cannot be read, and where
     `OUTPUT.parts` belongs to another input or other options.
@@ -107,7 +109,8 @@ def score_file(
     parts = output.with_name(output.name + ".parts")
     state = _state(source, options, mode, centrality, chunk_questions)
     done = _begin(parts, state)
-    rows = islice(read_rows(source), done * chunk_questions, None)
+    reader = RowReader(source)
+    rows = reader.rows(done * chunk_questions)
     to_texts = convert or question_texts
 
     def score(chunk: list[QuestionTexts], number: int) -> int:
@@ -124,18 +127,19 @@ def score_file(
         return len(chunk)
 
     finished = done * chunk_questions
+    share: float | None = None
     pending: Future[int] | None = None
     with ThreadPoolExecutor(1) as worker:  # scores one chunk while the next is read
         for number in range(done, 1 << 62):
             chunk = [to_texts(row, place) for place, row in islice(rows, chunk_questions)]
             if pending is not None:
                 finished += pending.result()
-                if on_progress is not None:
-                    on_progress(finished)
                 pending = None
+            if on_progress is not None:
+                on_progress(finished, reader.skipped if share is None else share)
             if not chunk:
                 break
-            pending = worker.submit(score, chunk, number)
+            pending, share = worker.submit(score, chunk, number), reader.share
     report = _merge(parts, output, filter_below)
     report.resumed_at = min(done * chunk_questions, report.questions)
     shutil.rmtree(parts)
@@ -233,32 +237,65 @@ def score_batch(batch: Any, **choices: Any) -> Any:
 # ---- reading -----------------------------------------------------------------------------------
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, row) one at a time."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
+class RowReader:
+    """The rows of a .jsonl or .parquet file, one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.skipped = self.share = 0.0
+        """Of the file, 0 to 1: what was skipped; what has been read, with that."""
+
+    def rows(self, skip: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """(place, row) behind the first `skip` rows. Raises ValueError naming file and line."""
+        path, suffix = self.path, self.path.suffix.lower()
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        if suffix == ".parquet":
+            yield from self._parquet(skip)
+        elif suffix in (".jsonl", ".ndjson"):
+            yield from self._lines(skip)
+        else:
+            raise ValueError(f"{path}: expected a .jsonl or .parquet file, which can be streamed")
+
+    def _parquet(self, skip: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
         number = 0
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}:row {number}", row
-    elif suffix in (".jsonl", ".ndjson"):
-        with path.open("rb") as file:
+        try:
+            file = pq.ParquetFile(self.path)
+            total = file.metadata.num_rows
+            for batch in file.iter_batches(batch_size=1024):
+                begin = min(max(skip - number, 0), batch.num_rows)
+                number += begin
+                if begin:
+                    self.skipped = self.share = number / total
+                for row in batch.slice(begin).to_pylist():
+                    number += 1
+                    self.share = number / total
+                    yield f"{self.path}:row {number}", row
+        except pa.ArrowInvalid as error:
+            place = f"{self.path}:row {number + 1}" if number else str(self.path)
+            raise ValueError(f"{place}: is not valid parquet: {error}") from None
+
+    def _lines(self, skip: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        size = self.path.stat().st_size
+        behind = 0
+        with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if not line.strip():
+                behind += len(line)
+                if line.isspace():
                     continue
-                place = f"{path}:{number}"
+                if skip > 0:
+                    skip -= 1
+                    self.skipped = self.share = behind / size
+                    continue
+                place = f"{self.path}:{number}"
                 try:
                     row = json.loads(line)
                 except ValueError as error:
                     raise ValueError(f"{place}: is not valid JSON: {error}") from None
                 if not isinstance(row, dict):
                     raise ValueError(f"{place}: expected a record of named fields")
+                self.share = behind / size
                 yield place, row
-    else:
-        raise ValueError(f"{path}: expected a .jsonl or .parquet file, which can be streamed")
 
 
 def question_texts(row: Mapping[str, Any], place: str) -> QuestionTexts:
@@ -402,14 +439,3 @@ def resumable(output: str | os.PathLike[str]) -> bool:
     """Would `score_file` go on with an earlier run?"""
     output = Path(output)
     return (output.with_name(output.name + ".parts") / "state.json").exists()
-
-
-def teachers_table(report: StreamReport) -> Iterable[tuple[str, ...]]:
-    """Rows of text for a terminal, the heading first."""
-    yield ("teacher", "rationales", "score", "agreement", "copied", "filtered", "right")
-    for t in report.teachers:
-        right = "-" if t.share_right is None else f"{t.share_right:.1%}"
-        yield (
-            t.teacher, f"{t.rationales}", f"{t.mean_score:.3f}", f"{t.mean_agreement:.3f}",
-            f"{t.share_copied:.1%}", f"{t.share_filtered:.1%}", right,
-        )  # fmt: skip
