@@ -286,7 +286,8 @@ def _refusal(model: Any, kind: Kind, *, share: bool = True) -> str | None:
             ]
         )
     difference = float((together - apart).abs().max() / apart.abs().max().clamp(min=1e-6))
-    if not difference < (1e-4 if apart.dtype == torch.float32 else 5e-2):
+    # Rounding alone makes 1e-4 in SmolLM2's 30 layers; rationales that see each other make 0.7.
+    if not difference < (2e-3 if apart.dtype == torch.float32 else 5e-2):
         return f"{name} makes other hidden states that way (relative difference {difference:.2g})"
     return None
 

@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from compact_fast.backends import choose
 from compact_fast.evaluate.rationales import rationale_nll
 from compact_fast.inputs import mi_is_used
+from compact_fast.lean_layers import make_lean
 from compact_fast.students import (
     attention_projections,
     causal_model,
@@ -43,7 +44,8 @@ logger = logging.getLogger(__name__)
 
 # Figures of the clock: logged, but kept out of the checkpoints' history, which repeats bit by bit.
 _CLOCK = (
-    *("tokens_per_second", "questions_per_second", "eval_runtime", "train_runtime"),
+    *("tokens_per_second", "questions_per_second", "data_wait_share"),
+    *("eval_runtime", "train_runtime"),
     *("train_samples_per_second", "train_steps_per_second"),
 )
 
@@ -86,6 +88,7 @@ class CompactTrainer(CheckpointedTrainer):
         train_dataset = self._usable(train_dataset, args)
         if args.gradient_checkpointing:
             prepare_checkpointing(model)
+        make_lean(model)
         if args.n_gpu > 1:
             self.notes.append(
                 f"{args.n_gpu} GPUs are visible, one is used; start with torchrun to use more"
@@ -224,10 +227,10 @@ class CompactTrainer(CheckpointedTrainer):
         found: dict[str, Any] = to_device(inputs, self.args.device)
         return found
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         """As the host's; the clock of the throughput runs from here."""
         self._window.open(self.state.global_step)
-        return super().get_batch_samples(*args, **kwargs)
+        return super().get_batch_samples(self._window.timed(epoch_iterator), *args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
         """Questions in the global batch: what the loss is divided by."""

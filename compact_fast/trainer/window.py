@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -37,11 +37,22 @@ class LogWindow:
         )
         self._first_step: int | None = None  # steps done when the window opened; None: not yet
         self._opened = 0.0  # time.perf_counter() then
+        self._waited = 0.0  # seconds since, for batches
 
     def open(self, step: int) -> None:
         """Start to count steps and time, unless that has been done since the last row."""
         if self._first_step is None:
             self._first_step, self._opened = step, time.perf_counter()
+
+    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches; how long each was waited for counts."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
 
     def add(self, out: CompactOutput, layout: TokenLayout) -> None:
         """Count one micro-batch. Layout and output lie on the window's device."""
@@ -120,6 +131,7 @@ class LogWindow:
         out.update(self._gradient_rows(reduce(self.gradients)))
         out["tokens_per_second"] = totals["tokens"] / seconds
         out["questions_per_second"] = totals["questions"] / seconds
+        out["data_wait_share"] = self._waited / seconds
         self.reset()
         return out
 
@@ -141,7 +153,7 @@ class LogWindow:
         self.by_teacher.zero_()
         self.gradients.zero_()
         self.totals.zero_()
-        self._first_step = None
+        self._first_step, self._waited = None, 0.0
 
     def state(self) -> dict[str, Any]:
         """The sums, exact, and the time spent, as JSON values."""
@@ -151,6 +163,7 @@ class LogWindow:
             "totals": self.totals.tolist(),
             "first_step": self._first_step,
             "seconds": time.perf_counter() - self._opened,
+            "waited": self._waited,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -160,6 +173,7 @@ class LogWindow:
         self.totals.copy_(self.totals.new_tensor(state["totals"]))
         self._first_step = state["first_step"]
         self._opened = time.perf_counter() - state["seconds"]
+        self._waited = state.get("waited", 0.0)  # a checkpoint may be older than this figure
 
 
 def _finite(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ from compact_fast.trainer.interrupts import TrainingInterrupted
 
 STEPS = 12
 SLOW_FLUSH = 0.006  # seconds added to each flush, so that a good part of the run is spent saving
-CLOCK = ("time", "tokens_per_second", "questions_per_second", "eval_runtime")
+CLOCK = ("time", "tokens_per_second", "questions_per_second", "data_wait_share", "eval_runtime")
 
 
 def train(run_dir: Path, callback: TrainerCallback | None = None, **changes: Any) -> None:
@@ -92,7 +92,7 @@ def fingerprint(run_dir: Path) -> dict[str, Any]:
         if path.name not in ("training_args.bin", "manifest.json")  # they hold the run's path
     }
     window = json.loads(files.pop(f"{last.name}/log_window_0.json"))
-    del window["window"]["seconds"]
+    del window["window"]["seconds"], window["window"]["waited"]
     return {
         **files,
         "window": window,

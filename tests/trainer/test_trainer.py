@@ -67,6 +67,7 @@ def test_a_log_row_is_the_mean_over_all_its_micro_batches(tmp_path: Path) -> Non
     assert row["loss"] == pytest.approx(row["loss_sft"] + row["loss_consistency"], rel=1e-5)
     assert row["loss_consistency"] > 0
     assert row["tokens_per_second"] > 0
+    assert 0 < row["data_wait_share"] < 1
     assert {k: v for k, v in row.items() if k not in ("step", "time")} == seen.rows[0]
 
 
@@ -76,7 +77,7 @@ def test_fixed_names_of_a_row(tmp_path: Path) -> None:
     names = {
         *("step", "epoch", "time", "loss", "loss_sft", "loss_consistency", "weight_entropy"),
         *("learning_rate", "grad_norm", "tokens_per_second", "questions_per_second"),
-        *("weight/right", "weight/wrong", "filtered_share", "skipped_questions"),
+        *("data_wait_share", "weight/right", "weight/wrong", "filtered_share", "skipped_questions"),
         *(
             f"teacher/{teacher}/{figure}"
             for teacher in TEACHERS
