@@ -19,8 +19,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from pairs import machine
+from pairs import machine, version
 
+from compact_fast import __version__
 from compact_fast.graphs import consensus, parse_rationales
 
 try:
@@ -70,6 +71,8 @@ def main() -> None:
                 "rationales_per_second_python": round(400 / twin),
                 "sentencex_rationales_per_second": split,
                 "questions_per_second": round(len(rows) / whole),
+                "version": __version__,
+                "sentencex": version("sentencex"),
                 **machine(),
             }
         )

@@ -21,15 +21,17 @@ from typing import Any
 
 import numpy as np
 import scipy.optimize
-from pairs import KINDS, ONE, Pair, machine, make
+from pairs import KINDS, ONE, Pair, machine, make, version
 
-from compact_fast import _native
+from compact_fast import __version__, _native
 from compact_fast.graphs import match_matrices
 from compact_fast.graphs.matching import _edges
 
 ROOT = Path(__file__).parents[2]
 HALF = (16, 32)
 Matching = list[Any]
+# the distribution a method's name begins with
+PACKAGES = {"lapx": "lapx", "libmgm": "pylibmgm", "POT": "POT"}
 
 
 def module(name: str) -> Any:
@@ -37,6 +39,11 @@ def module(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         return None
+
+
+def version_of(method: str) -> str:
+    name = method.split()[0]
+    return __version__ if name == "compact_fast" else version(PACKAGES.get(name, name))
 
 
 def seconds(work: Callable[[], object], passes: int) -> float:
@@ -269,6 +276,7 @@ def matching_rows(kind: str, low: int, high: int, count: int) -> list[dict[str, 
                 "quality": "bound" if name.endswith("relaxed") else f"{quality:.4f}",
                 "proven": f"{proven[name]:.3f}" if name in proven else "",
                 "quality_pairs": "" if mine is None else mine.size,
+                "version": version_of(name),
                 **machine(),
             }
         )
@@ -296,7 +304,7 @@ def main() -> None:
             speed = count / seconds(work, 1 if name == "rustworkx" else 5)
             rows.append(
                 {"pairs": kind, "nodes": f"{low}-{high}", "method": name,
-                 "pairs_per_second": f"{speed:.0f}", **machine()}
+                 "pairs_per_second": f"{speed:.0f}", "version": version_of(name), **machine()}
             )  # fmt: skip
             print(*rows[-1].values())
     write(arguments.out / "assignment_peers.csv", rows)

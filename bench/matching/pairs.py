@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,16 @@ def machine() -> dict[str, str]:
             break
     today = datetime.date.today().isoformat()
     return {"cpu": cpu, "python": platform.python_version(), "date": today}
+
+
+def version(*packages: str) -> str:
+    """Of the first of these distributions that is installed."""
+    for name in packages:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
 
 
 @dataclass

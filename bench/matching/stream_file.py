@@ -2,8 +2,10 @@
 
     python bench/matching/stream_file.py [--questions 1000000] [--teachers 5] [--folder /tmp]
 
-The input is made first, and left there if --write-only is given: score it on a quiet machine later.
-Appends one line to bench/results/consensus_stream.csv: seconds, questions/s, peak memory.
+The input is made first, if it is not there, and left there; --write-only stops then, so that it
+can be scored on a quiet machine later. --command measures `compact-fast consensus` in place of
+score_file. Appends one line to bench/results/consensus_stream.csv: seconds, questions/s, peak
+memory.
 """
 
 from __future__ import annotations
@@ -14,12 +16,16 @@ import json
 import os
 import random
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from pairs import machine
 
+from compact_fast import __version__
 from compact_fast.graphs.stream import score_file
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +77,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=1_000_000)
     parser.add_argument("--teachers", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("/tmp"))
+    parser.add_argument("--command", action="store_true", help="by the command, from its start")
     parser.add_argument("--write-only", action="store_true", help="make the input, score nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/consensus_stream.csv")
     arguments = parser.parse_args()
@@ -83,20 +90,37 @@ def main() -> None:
     size = source.stat().st_size
     if arguments.write_only:
         return
+    output = arguments.folder / "consensus_stream.parquet"
     start = time.perf_counter()
-    used = time.process_time()
-    report = score_file(source, arguments.folder / "consensus_stream.parquet")
-    seconds, used = time.perf_counter() - start, time.process_time() - used
+    if arguments.command:
+        command = [
+            sys.executable,
+            "-m",
+            "compact_fast",
+            "consensus",
+            str(source),
+            "-o",
+            str(output),
+        ]
+        subprocess.run(command, check=True)
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    else:
+        score_file(source, output)
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+    spent = time.perf_counter() - start
+    done = pq.ParquetFile(output).metadata.num_rows
     line = {
-        "questions": report.questions,
+        "way": "compact-fast consensus" if arguments.command else "score_file",
+        "questions": done,
         "teachers": arguments.teachers,
         "input_bytes": size,
         "cores": os.cpu_count(),
-        "seconds": round(seconds, 1),
-        "processor_seconds": round(used, 1),
-        "questions_per_second": round(report.questions / seconds),
-        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "seconds": round(spent, 1),
+        "processor_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "questions_per_second": round(done / spent),
+        "peak_mib": round(usage.ru_maxrss / 1024),
         "load_average": round(os.getloadavg()[0], 1),
+        "version": __version__,
         **machine(),
     }
     print(line)
@@ -107,7 +131,6 @@ def main() -> None:
         if new:
             writer.writeheader()
         writer.writerow(line)
-    source.unlink()
 
 
 if __name__ == "__main__":

@@ -401,20 +401,35 @@ def _merge(parts: Path, output: Path, filter_below: float) -> StreamReport:
 
 
 def _add(sums: dict[str, Any], table: pa.Table, filter_below: float) -> None:
-    columns = ("teachers", "scores", "agreement", "groups", "right")
-    for teachers, scores, flat, groups, right in zip(
-        *(table[name].to_pylist() for name in columns), strict=True
-    ):
-        k = len(teachers)
-        if k == 0:
-            continue
-        floor = filter_below * max(scores)
-        for i, teacher in enumerate(teachers):
-            line = sums.setdefault(teacher, np.zeros(8))
-            line += (
-                1, scores[i], sum(flat[i * k : i * k + k]) - 1 if k > 1 else 0, k - 1,
-                groups.count(groups[i]) > 1, scores[i] < floor, right[i] == 1, right[i] >= 0,
-            )  # fmt: skip
+    table = table.combine_chunks()
+    sizes = table["teachers"].combine_chunks().value_lengths().to_numpy()
+    if not sizes.sum():
+        return
+
+    def flat(name: str) -> Any:
+        return table[name].combine_chunks().flatten()
+
+    teachers = flat("teachers").dictionary_encode()
+    scores, groups, right = (flat(name).to_numpy() for name in ("scores", "groups", "right"))
+    starts = np.cumsum(sizes) - sizes
+    others = np.repeat(sizes, sizes) - 1  # of each rationale, as all below
+    rows = np.cumsum(others + 1) - others - 1  # where its line of the agreement begins
+    largest = np.repeat(np.maximum.reduceat(scores, starts[sizes > 0]), sizes[sizes > 0])
+    votes = np.repeat(starts, sizes) + groups
+    figures = (
+        np.ones(scores.size),
+        scores,
+        np.add.reduceat(flat("agreement").to_numpy(), rows) - 1,  # without itself
+        others,
+        np.bincount(votes)[votes] > 1,
+        scores < filter_below * largest,
+        right == 1,
+        right >= 0,
+    )
+    codes = teachers.indices.to_numpy()
+    lines = np.stack([np.bincount(codes, figure) for figure in figures], axis=1)
+    for teacher, line in zip(teachers.dictionary.to_pylist(), lines, strict=True):
+        sums[teacher] = sums.get(teacher, 0.0) + line
 
 
 def _figures(sums: Mapping[str, Any]) -> list[TeacherFigures]:
