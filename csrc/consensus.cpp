@@ -22,6 +22,19 @@ std::string limit_text(const char* what, std::int64_t have, std::int64_t limit) 
          "; the limit is " + std::to_string(limit);
 }
 
+// Does any step of the graph state a result?
+bool computes(const StepGraphs& g, std::int64_t a) {
+  const auto begin = g.result_kind.begin() + g.cu_nodes[a];
+  const auto end = g.result_kind.begin() + g.cu_nodes[a + 1];
+  return std::find(begin, end, kStatedResult) != end;
+}
+
+// Two texts make one claim only if they come to the same answer, or both to none.
+bool same_answer(const StepGraphs& g, std::int64_t a, std::int64_t b) {
+  const bool has_a = g.answer_kind[a] != kNoAnswer, has_b = g.answer_kind[b] != kNoAnswer;
+  return has_a == has_b && (!has_a || g.answer[a] == g.answer[b]);
+}
+
 bool parse_one(Parser& parser, std::string_view text, std::int64_t index, const Options& options,
                StepGraphs& out, ParseError& error) {
   std::string reason;
@@ -64,8 +77,9 @@ QuestionScorer::Pair QuestionScorer::compare(const StepGraphs& g, std::int64_t a
     pair.b_covers = std::min(kUnit, value * kUnit / self_a);
   }
   const bool has_a = g.answer_kind[a] != kNoAnswer, has_b = g.answer_kind[b] != kNoAnswer;
-  const std::int64_t share = options_.graph.answer_share;
+  std::int64_t share = options_.graph.answer_share;
   if (share == 0 || (!has_a && !has_b)) return pair;
+  if (!computes(g, a) || !computes(g, b)) share = 1024;
   const std::int64_t same = has_a && has_b && g.answer[a] == g.answer[b] ? kUnit : 0;
   for (std::int64_t* part : {&pair.agreement, &pair.a_covers, &pair.b_covers})
     *part = ((1024 - share) * *part + share * same) / 1024;
@@ -94,8 +108,8 @@ std::int64_t QuestionScorer::soundness(const StepGraphs& g, std::int64_t a) {
   return ((derived ? kUnit : 0) + kUnit / (1 + loose)) / 2;
 }
 
-// Teachers whose surface texts are near-identical, closed under transitivity. group[k] is the
-// smallest index of k's group. Very short texts are never copies of each other: honest answers of a
+// Teachers whose surface texts are near-identical and come to one answer, closed under transitivity.
+// group[k] is the smallest index of k's group. Very short texts are never copies of each other: honest answers of a
 // few words look alike.
 void QuestionScorer::surface_groups(const StepGraphs& g, std::int64_t g0, std::int64_t k,
                                     std::int32_t* group) {
@@ -110,7 +124,7 @@ void QuestionScorer::surface_groups(const StepGraphs& g, std::int64_t g0, std::i
       const std::uint64_t *b = g.shingles.data() + g.cu_shingles[g0 + j],
                           *b_end = g.shingles.data() + g.cu_shingles[g0 + j + 1];
       const std::int64_t n = a_end - a, m = b_end - b;
-      if (m < o.dedupe_min_shingles) continue;
+      if (m < o.dedupe_min_shingles || !same_answer(g, g0 + i, g0 + j)) continue;
       if (1024 * std::min(n, m) < o.dedupe * std::max(n, m)) continue;
       std::int64_t common = 0;
       for (const std::uint64_t *x = a, *y = b; x != a_end && y != b_end;) {

@@ -56,7 +56,8 @@ class QuestionScorer {
     std::int64_t a_covers;   // steps: F(a, b) / F(b, b)
     std::int64_t b_covers;
   };
-  // All in [0, kUnit], kUnit for equal graphs; the final answers join the steps with their share.
+  // All in [0, kUnit], kUnit for equal graphs; the final answers join the steps with their share, and
+  // decide alone where one of the two computes nothing: likeness of mere words says who writes alike.
   Pair compare(const StepGraphs& g, std::int64_t a, std::int64_t b, std::int64_t self_a,
                std::int64_t self_b, const Embeddings& e);
   std::uint8_t score_groups(const std::int64_t* agreement, std::int64_t k, const std::int32_t* group,

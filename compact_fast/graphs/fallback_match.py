@@ -269,9 +269,22 @@ def compare(
         ]
     has_a, has_b = a.answer_kind != ANSWER_NONE, b.answer_kind != ANSWER_NONE
     if share and (has_a or has_b):
+        if not (_computes(a) and _computes(b)):
+            share = 1024  # likeness of mere words says who writes alike
         same = UNIT if has_a and has_b and a.answer == b.answer else 0
         parts = [((1024 - share) * part + share * same) // 1024 for part in parts]
     return parts[0], parts[1], parts[2]
+
+
+def _computes(a: Graph) -> bool:
+    """Does any step state a result?"""
+    return any(node.result_kind == RESULT_STATED for node in a.nodes)
+
+
+def _same_answer(a: Graph, b: Graph) -> bool:
+    """Two texts make one claim only if they come to the same answer, or both to none."""
+    has_a, has_b = a.answer_kind != ANSWER_NONE, b.answer_kind != ANSWER_NONE
+    return has_a == has_b and (not has_a or a.answer == b.answer)
 
 
 def soundness(a: Graph) -> int:
@@ -293,7 +306,7 @@ def soundness(a: Graph) -> int:
 
 
 def surface_groups(graphs: Sequence[Graph], o: dict[str, int]) -> list[int]:
-    """Smallest index of each rationale's group of near-identical texts."""
+    """Smallest index of each rationale's group of near-identical texts with one answer."""
     group = list(range(len(graphs)))
     if not o["dedupe"]:
         return group
@@ -301,7 +314,7 @@ def surface_groups(graphs: Sequence[Graph], o: dict[str, int]) -> list[int]:
     for i in range(len(sets)):
         for j in range(i + 1, len(sets)):
             n, m = len(sets[i]), len(sets[j])
-            if min(n, m) < o["dedupe_min_shingles"]:
+            if min(n, m) < o["dedupe_min_shingles"] or not _same_answer(graphs[i], graphs[j]):
                 continue
             common = len(sets[i] & sets[j])
             if 1024 * common >= o["dedupe"] * (n + m - common):

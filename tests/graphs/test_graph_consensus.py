@@ -106,6 +106,30 @@ def test_texts_without_numbers(backend: str) -> None:
     assert got[2] < min(got[:2])
 
 
+def test_likeness_of_words_breaks_no_tie_of_answers(backend: str) -> None:
+    texts = [
+        "Penguins are birds and birds have feathers.",
+        "Penguins are birds, birds have warm feathers.",
+        "A body of that kind keeps its coat.",
+        "Mammals alone grow fur, so no.",
+    ]
+    for answers in (["yes", "yes", "no", "no"], ["yes", "no", "no", "yes"]):
+        got = scores(texts, backend, final_answers=answers)
+        assert len(set(got.tolist())) == 1
+    alone = scores(texts, backend, options=GraphOptions(soundness=0.0))
+    assert min(alone[:2]) > max(alone[2:])
+
+
+def test_near_copies_with_other_answers_have_votes_of_their_own(backend: str) -> None:
+    start = "She has 4 boxes of 6 pens each, so she has 4 * 6 = 24 pens in all of her boxes.\n"
+    texts = [start + f"She gives 5 away, 24 - 5 = {end}" for end in (19, 19, 18, 17)]
+    found = consensus(texts, [0, 4], backend=backend)  # type: ignore[arg-type]
+    assert found.groups.tolist() == [0, 0, 2, 3]
+    assert not found.no_evidence[0]
+    given = consensus(texts, [0, 4], final_answers=["1"] * 4, backend=backend)  # type: ignore[arg-type]
+    assert given.no_evidence[0]
+
+
 def shuffled(texts: list[str], cu: np.ndarray, answers: list[Any], rng: random.Random) -> Any:
     """Teachers in another order inside each question, questions in another order."""
     order, bounds = [], [0]
