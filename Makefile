@@ -47,8 +47,10 @@ types: $(SETUP)
 
 check: lint types test
 
+# What is too long for CI; compilers and qemu that are not installed are skipped, with the reason
 nightly: $(SETUP)
-	$(BIN)/python -m pytest -m nightly
+	$(PIP) install -r requirements/nightly.txt
+	$(BIN)/python -m pytest -m nightly -rs
 
 # The C++ core under address, undefined-behaviour and thread sanitizers: its tests, a million fuzzed
 # inputs each, and the graph tests of Python (Linux, gcc; about an hour)
