@@ -11,38 +11,54 @@
 
 namespace compact {
 
-// The definition, entry by entry.
+// List by list, a neighbour's row at a time: no entry is looked up once for every pair of neighbours.
 void Bounds::plain(const std::int32_t* s, std::int64_t rows, std::int64_t columns,
                    const Neighbours& a, const Neighbours& b, const std::int64_t* half,
                    const std::int64_t* settled, int fine, std::int32_t* out) {
-  const int shift = kShift - fine;
-  for (std::int64_t i = 0; i < rows; ++i) {
-    for (std::int64_t j = 0; j < columns; ++j) {
-      const std::int64_t at = i * columns + j, mine = s[at];
-      if (mine == 0) {
-        out[at] = 0;
-        continue;
+  const auto size = static_cast<std::size_t>(rows * columns);
+  if (settled)
+    wide_total_.assign(settled, settled + size);
+  else
+    wide_total_.assign(size, 0);
+  best_.resize(std::max(best_.size(), size));
+  row_best_.resize(static_cast<std::size_t>(columns));
+  row_sum_.resize(static_cast<std::size_t>(columns));
+  for (int list = 0; list < kLists; ++list) {
+    if (a.longest(list) == 0 || b.longest(list) == 0) continue;
+    for (std::int64_t k = 0; k < rows; ++k) {  // best_[k][j]: among the neighbours of j
+      const std::int32_t* from = s + k * columns;
+      for (std::int64_t j = 0; j < columns; ++j) {
+        std::int32_t best = 0;
+        for (const std::int32_t *l = b.begin(j, list), *end = b.end(j, list); l != end; ++l)
+          best = std::max(best, from[*l]);
+        best_[static_cast<std::size_t>(k * columns + j)] = best;
       }
-      std::int64_t sum = settled ? settled[at] : 0;
-      for (int list = 0; list < kLists; ++list) {
-        const std::int32_t *k0 = a.begin(i, list), *k1 = a.end(i, list);
-        const std::int32_t *l0 = b.begin(j, list), *l1 = b.end(j, list);
-        std::int64_t left = 0, right = 0;
-        for (const std::int32_t* k = k0; k != k1; ++k) {
-          std::int32_t best = 0;
-          for (const std::int32_t* l = l0; l != l1; ++l) best = std::max(best, s[*k * columns + *l]);
-          left += best;
-        }
-        for (const std::int32_t* l = l0; l != l1; ++l) {
-          std::int32_t best = 0;
-          for (const std::int32_t* k = k0; k != k1; ++k) best = std::max(best, s[*k * columns + *l]);
-          right += best;
-        }
-        sum += half[list / 2] * std::min(left, right);
-      }
-      const std::int64_t extra = (mine * sum + (std::int64_t{1} << shift) - 1) >> shift;
-      out[at] = static_cast<std::int32_t>((mine << fine) + extra);
     }
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const std::int32_t *k0 = a.begin(i, list), *k1 = a.end(i, list);
+      if (k0 == k1) continue;
+      std::fill(row_best_.begin(), row_best_.end(), 0);  // [l]: among the neighbours of i
+      std::fill(row_sum_.begin(), row_sum_.end(), 0);    // [j]: best_ over the neighbours of i
+      for (const std::int32_t* k = k0; k != k1; ++k) {
+        const std::int32_t *row = s + *k * columns, *best = best_.data() + *k * columns;
+        for (std::int64_t j = 0; j < columns; ++j) {
+          row_best_[j] = std::max(row_best_[j], row[j]);
+          row_sum_[j] += best[j];
+        }
+      }
+      for (std::int64_t j = 0; j < columns; ++j) {
+        std::int64_t right = 0;
+        for (const std::int32_t *l = b.begin(j, list), *end = b.end(j, list); l != end; ++l)
+          right += row_best_[*l];
+        wide_total_[i * columns + j] += half[list / 2] * std::min(row_sum_[j], right);
+      }
+    }
+  }
+  const int shift = kShift - fine;
+  for (std::size_t at = 0; at < size; ++at) {
+    const std::int64_t mine = s[at];
+    const std::int64_t extra = (mine * wide_total_[at] + (std::int64_t{1} << shift) - 1) >> shift;
+    out[at] = static_cast<std::int32_t>((mine << fine) + extra);
   }
 }
 

@@ -29,6 +29,8 @@ class Bounds {
               const Neighbours& b, const std::int64_t* half, const std::int64_t* settled, int fine,
               std::int32_t* out);
   std::vector<std::int32_t> s_, turned_, best_, best_turned_, sum_, sum_turned_, total_;
+  std::vector<std::int32_t> row_best_;
+  std::vector<std::int64_t> row_sum_, wide_total_;
 };
 
 }  // namespace compact
