@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 from pairs import machine
 
 import compact_fast
+from compact_fast.graphs import consensus
 
-COLUMNS = ("consensus", "mi", "nll", "weight")
+COLUMNS = ("consensus", "mi", "nll")
 Scores = dict[tuple[str, str], float]
 
 
@@ -41,14 +42,25 @@ def chosen(path: Path, count: int) -> list[dict[str, Any]]:
     return sorted(mixed, key=lambda row: zlib.crc32(row["id"].encode()))[:count]
 
 
-def scored(data: Path, student: str, target: Path, *choices: str) -> dict[str, Scores]:
+def scored(data: Path, student: str, target: Path) -> dict[str, Scores]:
     """{column: {(question, teacher): score}}, by the command of the same name."""
     if not target.exists():
         command = [sys.executable, "-m", "compact_fast", "score", str(data), "--student", student]
-        command += ["--output", str(target), *choices]
+        command += ["--consensus", "attention", "--output", str(target)]
         subprocess.run(command, check=True)
     rows = pq.read_table(target).to_pylist()
     return {c: {(r["id"], r["teacher"]): r[c] for r in rows} for c in COLUMNS}
+
+
+def by_graph(questions: list[dict[str, Any]]) -> Scores:
+    rationales = [(row["id"], r) for row in questions for r in row["rationales"]]
+    found = consensus(
+        [r["text"] for _, r in rationales],
+        np.cumsum([0, *(len(row["rationales"]) for row in questions)]),
+        final_answers=[r["answer"] for _, r in rationales],
+    )
+    keys = [(name, r["teacher"]) for name, r in rationales]
+    return dict(zip(keys, found.scores.tolist(), strict=True))
 
 
 def aucs(questions: list[dict[str, Any]], scores: Scores, sign: int = 1) -> NDArray[np.float64]:
@@ -82,24 +94,14 @@ def main() -> None:
         source = arguments.work / f"{name}.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in questions))
 
-        def score(*choices: str, source: Path = source) -> dict[str, Scores]:
-            what = (source.read_text(), arguments.student, choices, compact_fast.__version__)
-            key = zlib.crc32(repr(what).encode())
-            return scored(
-                source, arguments.student, source.with_name(f"{key:08x}.parquet"), *choices
-            )
-
-        graph = score("--consensus", "graph")
-        heads = score("--consensus", "attention", "--attention-gqa", "heads")
-        repeat = score("--consensus", "attention", "--attention-gqa", "repeat")
+        what = (source.read_text(), arguments.student, compact_fast.__version__)
+        target = source.with_name(f"{name}-{zlib.crc32(repr(what).encode()):08x}.parquet")
+        student = scored(source, arguments.student, target)
         kinds = {
-            "graph consensus": aucs(questions, graph["consensus"]),
-            "attention consensus": aucs(questions, heads["consensus"]),
-            "attention consensus, keys repeated": aucs(questions, repeat["consensus"]),
-            "adaptability (MI)": aucs(questions, graph["mi"]),
-            "difficulty (minus NLL)": aucs(questions, graph["nll"], -1),
-            "weight, graph consensus": aucs(questions, graph["weight"]),
-            "weight, attention consensus": aucs(questions, heads["weight"]),
+            "graph consensus": aucs(questions, by_graph(questions)),
+            "attention consensus": aucs(questions, student["consensus"]),
+            "adaptability (MI)": aucs(questions, student["mi"]),
+            "difficulty (minus NLL)": aucs(questions, student["nll"], -1),
         }
         for label, values in kinds.items():
             line = {

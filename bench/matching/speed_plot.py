@@ -98,7 +98,7 @@ def lines(ax: Any, names: Sequence[str], title: str, unit: str, log: bool = True
 def main() -> None:
     figure, axes = plt.subplots(2, 2, figsize=(12, 7), layout="constrained")
     pairs_panel(axes[0, 0], read("assignment_peers"), "Assignment")
-    matching = "Matching of steps and edges (hollow: below 99.9 % of the best value)"
+    matching = "Matching (hollow: below 99.9 % of the best value)"
     pairs_panel(axes[0, 1], read("matching_peers"), matching)
     parser_panel(axes[1, 0], read("consensus_parser"))
     threads_panel(axes[1, 1], read("consensus_threads"))

@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 
 from compact_fast.atomic import atomic_file, atomic_write_text
 from compact_fast.graphs.native import Backend
-from compact_fast.graphs.options import Centrality, GraphOptions, Mode
-from compact_fast.graphs.parsing import answer_keys
+from compact_fast.graphs.options import ANSWER_NONE, Centrality, GraphOptions, Mode
+from compact_fast.graphs.parsing import answer_keys, parse_rationales
 from compact_fast.graphs.scoring import consensus
 
 SCHEMA = pa.schema(
@@ -34,7 +34,8 @@ SCHEMA = pa.schema(
         ("scores", pa.list_(pa.float64())),  # consensus of each rationale, 0 to 1
         ("agreement", pa.list_(pa.float64())),  # K * K, row by row
         ("groups", pa.list_(pa.int32())),  # equal numbers: near-identical texts, one vote
-        ("right", pa.list_(pa.int8())),  # final answer equals the gold one: 1, 0, -1 unknown
+        # final answer (found in the text where none is given) equals the gold one: 1, 0, -1 unknown
+        ("right", pa.list_(pa.int8())),
         ("no_evidence", pa.bool_()),
         ("undecidable", pa.bool_()),
     ]
@@ -178,9 +179,13 @@ def score_questions(
         name = question.teachers[int(teacher)]
         raise ValueError(f"question {question.id}, teacher {name}: {reason}") from None
     right = np.full(len(texts), -1, dtype=np.int8)
-    if answers is not None:
-        mine, known = answer_keys(answers, backend)
-        gold, stated = answer_keys([q.gold for q in chunk], backend)
+    gold, stated = answer_keys([q.gold for q in chunk], backend)
+    if stated.any():
+        if answers is not None:
+            mine, known = answer_keys(answers, backend)
+        else:
+            graphs = parse_rationales(texts, options=options, backend=backend, threads=threads)
+            mine, known = graphs.answer, graphs.answer_kind != ANSWER_NONE
         gold, stated = np.repeat(gold, sizes), np.repeat(stated, sizes)
         right[stated] = (known & (mine == gold))[stated]
 

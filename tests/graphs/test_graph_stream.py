@@ -101,7 +101,9 @@ def test_parquet_in_and_other_shapes(rows: list[dict[str, Any]], tmp_path: Path)
     ]
     (tmp_path / "authors.jsonl").write_text("\n".join(map(json.dumps, authors)))
     score_file(tmp_path / "authors.jsonl", tmp_path / "b.parquet")
-    assert pq.read_table(tmp_path / "b.parquet")["scores"].to_pylist() == expected(rows)
+    found, given = (pq.read_table(tmp_path / f"{name}.parquet") for name in "ba")
+    assert found["scores"].to_pylist() == expected(rows)
+    assert found["right"].to_pylist() == given["right"].to_pylist()  # read from the texts
 
 
 def test_resumes_where_it_stopped(source: Path, rows: list[dict[str, Any]], tmp_path: Path) -> None:
