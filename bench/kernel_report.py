@@ -30,7 +30,7 @@ from torch import Tensor
 from bench.aot import TARGETS, Compiled, compiling
 
 ROOT = Path(__file__).parent.parent
-BF16, F32, I64 = torch.bfloat16, torch.float32, torch.int64
+BF16, F16, F32, I64 = torch.bfloat16, torch.float16, torch.float32, torch.int64
 
 # dense bfloat16 TFLOP/s and TB/s, vendors' data sheets (A100 80 GB SXM, H100 SXM, B200, MI300X)
 CHIPS = {
@@ -63,7 +63,11 @@ def meta(*shape: int, dtype: torch.dtype = F32) -> Tensor:
 
 def gemm_cases(arch: str) -> Iterator[Case]:
     """The logits GEMM in every form that is launched."""
-    for keep, statistics, bias, redo, odd in (
+    for keep, statistics, bias, redo, odd, *dtypes in (
+        (False, False, False, False, 0, F16),
+        (False, True, True, False, 0, F16),
+        (False, True, True, True, 0, F16),
+        (False, True, True, True, 1, F16),
         (True, False, False, False, 0),
         (True, True, True, False, 0),
         (True, True, True, True, 0),
@@ -76,6 +80,7 @@ def gemm_cases(arch: str) -> Iterator[Case]:
         (True, False, False, False, 1),  # no size is a multiple of a tile
         (True, True, True, True, 1),
     ):
+        dtype = dtypes[0] if dtypes else BF16
 
         def run(
             keep: bool = keep,
@@ -83,15 +88,16 @@ def gemm_cases(arch: str) -> Iterator[Case]:
             bias: bool = bias,
             redo: bool = redo,
             odd: int = odd,
+            dtype: torch.dtype = dtype,
         ) -> None:
             rows, vocab, width = ROWS - odd, VOCAB - odd, WIDTH - 8 * odd
-            x, weight = meta(rows, width, dtype=BF16), meta(vocab, width, dtype=BF16)
+            x, weight = meta(rows, width, dtype=dtype), meta(vocab, width, dtype=dtype)
             config = launch.gemm_config(x, statistics=statistics, bias=bias)
             padded = logits_gemm.padded_width(vocab)
             logits_gemm.logits_exp(
                 x,
                 weight,
-                meta(vocab, dtype=BF16) if bias else None,
+                meta(vocab, dtype=dtype) if bias else None,
                 meta(rows, dtype=I64),
                 meta(rows),
                 meta(rows, padded, dtype=BF16)[:, :vocab] if keep else None,
@@ -107,6 +113,7 @@ def gemm_cases(arch: str) -> Iterator[Case]:
             *(["bias"] if bias else []),
             *(["redo"] if redo else []),
             *(["odd sizes"] if odd else []),
+            *(["float16"] if dtype == F16 else []),
         ]
         tiles = VOCAB / launch.LOGITS_GEMM[arch].block_n
         traffic = 2 * WIDTH + 2 * VOCAB * WIDTH / ROWS + 4 * tiles * (3 if statistics else 2)
@@ -165,6 +172,16 @@ def row_cases(arch: str) -> Iterator[Case]:
         2 * WIDTH,
         2 * WIDTH,
     )
+    for dtype in (F16, F32):
+        yield Case(
+            f"label, {str(dtype).removeprefix('torch.')} head",
+            lambda dtype=dtype: statistics_kernels.row_dot(
+                meta(ROWS, WIDTH, dtype=dtype), meta(VOCAB, WIDTH, dtype=dtype), targets
+            ),
+            2 * WIDTH,
+            2.0 * dtype.itemsize * WIDTH,
+            quick=False,
+        )
     yield Case(
         "label, bias",
         lambda: statistics_kernels.row_dot(x, head, targets, bias=meta(VOCAB, dtype=BF16)),
@@ -191,7 +208,7 @@ def row_cases(arch: str) -> Iterator[Case]:
             yield Case(
                 name, finish, parts * tiles, 4.0 * parts * tiles, quick=statistics and redone
             )
-        for dtype in (BF16, F32):
+        for dtype in (BF16, F16, F32):
             yield Case(
                 ("entropy, " if statistics else "") + str(dtype).removeprefix("torch."),
                 lambda statistics=statistics, dtype=dtype: row_softmax.row_softmax(
@@ -199,7 +216,7 @@ def row_cases(arch: str) -> Iterator[Case]:
                 ),
                 4.0 * VOCAB,
                 (8 + dtype.itemsize) * VOCAB,
-                quick=statistics and dtype == BF16,
+                quick=statistics and dtype != F32,
             )
     factor = meta(ROWS)
     yield Case(
@@ -212,22 +229,28 @@ def row_cases(arch: str) -> Iterator[Case]:
         ("product to dH", meta(ROWS, WIDTH), meta(ROWS, WIDTH), False),
         ("product to dH, add", meta(ROWS, WIDTH), meta(ROWS, WIDTH), True),
         ("x for dW", x, x, False),
+        ("x for dW, float16", meta(ROWS, WIDTH, dtype=F16), meta(ROWS, WIDTH, dtype=F16), False),
+        ("x for dW, float16 to float32", meta(ROWS, WIDTH, dtype=F16), meta(ROWS, WIDTH), False),
     ):
         yield Case(
             name,
-            lambda source=source, out=out, add=add: gradient_rows.scale_rows(
-                source, factor, out, to=targets if out is not x else None, add=add
+            lambda name=name, source=source, out=out, add=add: gradient_rows.scale_rows(
+                source, factor, out, to=targets if name.startswith("product") else None, add=add
             ),
             WIDTH,
             float(source.element_size() + out.element_size() * (2 if add else 1)) * WIDTH,
             quick=add,
         )
-    yield Case(
-        "",
-        lambda: gradient_rows.clear_rows(meta(ROWS, VOCAB, dtype=BF16), factor, factor),
-        0,
-        8,
-    )
+    for dtype in (BF16, F16, F32):
+        yield Case(
+            str(dtype).removeprefix("torch."),
+            lambda dtype=dtype: gradient_rows.clear_rows(
+                meta(ROWS, VOCAB, dtype=dtype), factor, factor
+            ),
+            0,
+            8,
+            quick=dtype == BF16,
+        )
 
 
 def score_cases(arch: str) -> Iterator[Case]:
@@ -274,7 +297,7 @@ def score_cases(arch: str) -> Iterator[Case]:
 
 def consistency_cases(arch: str) -> Iterator[Case]:
     """The consistency rows, by number of teachers."""
-    for teachers in (2, 4, 7, 16):
+    for teachers, dtype in ((2, BF16), (4, BF16), (7, BF16), (16, BF16), (4, F32)):
         rows = 8 * teachers
         share = VOCAB * rows / ROWS  # an answer of 8 tokens a question
         for kernel, flops, traffic in (
@@ -282,19 +305,21 @@ def consistency_cases(arch: str) -> Iterator[Case]:
             ("pair_products", 2 + 4 * teachers, 4),
             ("pair_gradients", 4 + 6 * teachers, 6),
         ):
+            if dtype == F32 and kernel != "pair_gradients":
+                continue  # the others do not see the gradient's dtype
             yield Case(
-                f"K={teachers}",
-                lambda teachers=teachers, rows=rows: consistency_kernels.consistency(
+                f"K={teachers}" + (", float32" if dtype == F32 else ""),
+                lambda teachers=teachers, rows=rows, dtype=dtype: consistency_kernels.consistency(
                     meta(rows, VOCAB),
                     meta(rows),
                     meta(rows, dtype=I64),
-                    meta(rows, VOCAB, dtype=BF16),
+                    meta(rows, VOCAB, dtype=dtype),
                     teachers=teachers,
                     pair_floor=1e-4,
                 ),
                 flops * share,
                 traffic * share,
-                quick=teachers == 4,
+                quick=teachers == 4 and dtype == BF16,
                 kernel=f"{kernel}_kernel",
             )
 
@@ -303,9 +328,11 @@ def kept_cases(arch: str) -> Iterator[Case]:
     """The gradient products over kept columns, with a fifth of them kept."""
     share = 0.2
     blocks = ROWS // kept_columns.BLOCK_ROWS
-    for dtype in (BF16, F32):
+    for dtype, of_head in ((BF16, BF16), (F16, F16), (F32, F32), (F32, BF16), (F32, F16)):
         name, size = str(dtype).removeprefix("torch."), dtype.itemsize
-        x, head = meta(ROWS, WIDTH, dtype=dtype), meta(VOCAB, WIDTH, dtype=dtype)
+        if of_head != dtype:
+            name += f", {str(of_head).removeprefix('torch.')} head"
+        x, head = meta(ROWS, WIDTH, dtype=dtype), meta(VOCAB, WIDTH, dtype=of_head)
         exps, rows = meta(ROWS, VOCAB, dtype=dtype), meta(ROWS)  # a multiple of the tile
         kept = kept_columns.Kept(
             meta(blocks, VOCAB, dtype=I64),
@@ -326,8 +353,9 @@ def kept_cases(arch: str) -> Iterator[Case]:
              share * (size * VOCAB + 8 * VOCAB * WIDTH / kept_columns.BLOCK_ROWS)),
         )  # fmt: skip
         for i, (run, flops, traffic) in enumerate(launches):
-            products = i > 1 and dtype == BF16
-            yield Case(name, run, flops, traffic, matrix=products, quick=dtype == BF16)
+            if of_head == dtype or i == 2:  # the others do not read the head
+                products = i > 1 and dtype != F32
+                yield Case(name, run, flops, traffic, matrix=products, quick=dtype == BF16)
 
 
 def cases(arch: str) -> Iterator[Case]:
@@ -412,6 +440,8 @@ kernels compute the right numbers is tested in Triton's interpreter against floa
   a GPU can say. {chips}.
 - One step with a frozen head is the GEMM, finish_rows twice and one library product of the same
   FLOPs; a trained head adds a second product. Nothing else passes over [rows, V].
+- In float32, in float16 where gradients are wanted, and where hidden states and head differ in
+  dtype, the library's GEMM and row_softmax stand in for the logits GEMM.
 - With `skip_below`, column_maxima and move_together pass over [rows, V] once each, and kept_to_rows
   and kept_to_head stand in for the library's products; the table takes a fifth of the columns kept.
 - "candidate" rows of the CSV are what `COMPACT_FAST_AUTOTUNE=1` chooses among; the table in

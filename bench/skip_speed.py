@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,12 +24,15 @@ from compact_fast.graphs import consensus
 from compact_fast.students import load_student
 from compact_fast.trainer import step
 
-LIMITS = (2.0**-10, 2.0**-12, 2.0**-14, 2.0**-16)
+LIMITS = (2.0**-10, 2.0**-12, 2.0**-14, 2.0**-15, 2.0**-16)
 CONFIG = CompactConfig()
 
 
-def loss_arguments(student: str, data: str, count: int) -> dict[str, Any]:
-    """What the trainer's step would hand to the loss for the first questions of `data`."""
+def loss_arguments(
+    student: str, data: str, count: int, *, each: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """What the trainer's step would hand to the loss for the first `count` questions of `data`,
+    in batches of `each` questions; all in one by default."""
     loaded = load_student(student, dtype="fp32")
     questions = list(read_questions(data))[:count]
     tokens = tokenize_questions(questions, loaded.tokenizer, teachers=teachers_of(questions))
@@ -40,7 +44,14 @@ def loss_arguments(student: str, data: str, count: int) -> dict[str, Any]:
     collator = step.Collator.of(
         loaded.model, loaded.tokenizer, CONFIG, tokens.thinking_ids, share_prompts=True
     )
-    inputs = collator([tokens.rows[i] for i in range(len(questions))])
+    size = len(questions) if each is None else each
+    for first in range(0, len(questions), size):
+        rows = [tokens.rows[i] for i in range(first, min(first + size, len(questions)))]
+        yield _caught(loaded.model, collator(rows))
+
+
+def _caught(model: Any, inputs: Any) -> dict[str, Any]:
+    """The arguments of the loss in a step on these inputs."""
     caught: dict[str, Any] = {}
     real = step.compact_loss
 
@@ -51,8 +62,8 @@ def loss_arguments(student: str, data: str, count: int) -> dict[str, Any]:
     step.compact_loss = catch
     try:
         with torch.no_grad():
-            body = step.direct_body(loaded.model)
-            step.compact_step(body, loaded.model, inputs, config=CONFIG, backend="torch")
+            body = step.direct_body(model)
+            step.compact_step(body, model, inputs, config=CONFIG, backend="torch")
     finally:
         step.compact_loss = real
     return {n: t.detach() if isinstance(t, torch.Tensor) else t for n, t in caught.items()}
@@ -117,7 +128,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    given = loss_arguments(chosen.student, chosen.data, chosen.questions)
+    (given,) = loss_arguments(chosen.student, chosen.data, chosen.questions)
     rows = [row for frozen in (True, False) for row in measure(given, frozen, chosen.rounds)]
     print_table(rows)
     print(write_csv("skip_speed", rows))

@@ -81,7 +81,7 @@ def compact_loss(
 def token_logp(
     hidden: Tensor,  # [T, D]
     lm_head_weight: Tensor,  # [V, D]
-    targets: Tensor,  # [T] int64
+    targets: Tensor,  # [T] int64; on the CPU or where hidden is
     *,
     backend: str | CompactBackend = "auto",
     head_bias: Tensor | None = None,  # [V]
@@ -89,6 +89,8 @@ def token_logp(
     """log softmax(W h_t)[targets_t] in nats, [T], 0 at negative targets.
 
     Never holds [T, V] logits; differentiable. Rows with a negative target are not multiplied.
+    On a GPU, targets on the CPU are checked and sorted there, and nothing waits for the device;
+    those on the device have to be read back.
     Raises ValueError for shapes that do not fit and for targets outside the vocabulary.
     """
     logp: Tensor = torch.ops.compact_fast.token_logp(

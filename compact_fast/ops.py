@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compact_fast.backends import RunSpec, choose, resolve
-from compact_fast.backends.protocol import Gradients, Needs
+from compact_fast.backends.protocol import CompactBackend, Gradients, Needs
 from compact_fast.config import CompactConfig
 from compact_fast.inputs import check_head, check_ids, check_loss_inputs
 from compact_fast.layout import TokenLayout
@@ -168,6 +168,17 @@ score_and_loss.register_autograd(_hand_over, setup_context=_keep_gradients)
 # ---- token_logp ----------------------------------------------------------------------------------
 
 
+def _targets_for(backend: CompactBackend, targets: Tensor, hidden: Tensor) -> Tensor:
+    """Targets where the backend reads them: on the CPU only if they are there, and it may."""
+    if targets.device not in (hidden.device, torch.device("cpu")):
+        raise ValueError(
+            f"targets are on {targets.device}, hidden on {hidden.device}; leave them on the CPU, "
+            "or move them there"
+        )
+    reads = getattr(backend, "takes_host_layout", False)
+    return targets if reads else targets.to(hidden.device)
+
+
 @torch.library.custom_op(
     "compact_fast::token_logp",
     mutates_args=(),
@@ -186,6 +197,7 @@ def token_logp(
     check_head(hidden, weight, bias)
     check_ids("targets", targets, weight.shape[0])
     run = resolve(backend, _spec(hidden, weight, bias))
+    targets = _targets_for(run, targets, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         logp, entropy, correct = run.token_logp(hidden, weight, bias, targets, statistics)
     return (
@@ -228,6 +240,7 @@ def token_logp_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of sum_t grad_logp_t logp_t; empty where not wanted."""
     run = resolve(backend, _spec(hidden, weight, bias))
+    targets = _targets_for(run, targets, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         found = run.token_logp_gradients(
             grad_logp, hidden, weight, bias, targets, Needs(need_hidden, need_weight, need_bias)

@@ -7,7 +7,7 @@ float dtype; float64 stays float64 throughout, everything lower is computed in f
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,7 +36,11 @@ def compact_loss(
     normalizer: float | None = None,
     head_bias: Tensor | None = None,  # [V]
 ) -> CompactOutput:
-    """See `compact_fast.compact_loss`; gradients by autograd through the full [T, V] logits."""
+    """See `compact_fast.compact_loss`; gradients by autograd through the full [T, V] logits.
+
+    config.skip_below leaves out each entry of the NLL's logit gradients by itself: no backend
+    leaves out more. gradient_error has all three bounds, whichever gradients are taken.
+    """
     config = config or CompactConfig()
     check_loss_inputs(hidden, lm_head_weight, layout, consensus, attention, config, head_bias)
     logp = log_softmax(hidden, lm_head_weight, head_bias)  # [T, V]
@@ -57,6 +61,7 @@ def compact_loss(
     )
     alpha = shares.weights
 
+    cleaned = hidden
     if bool(shares.nonfinite.any()):  # weight 0 times inf would poison the loss and its gradient
         alive = ~shares.nonfinite[layout.token_sequence]
         cleaned = torch.where(alive[:, None], hidden, 0.0)
@@ -64,11 +69,23 @@ def compact_loss(
         trained_nll = difficulty(pick_targets(trained, layout.targets), layout)
     else:
         trained, trained_nll = logp, nll
+    if config.skip_below > 0:
+        g = _logit_gradients(trained, layout.targets)  # [T, V]
+        kept = g >= config.skip_below
+        z = _KeptGradient.apply(logits(cleaned, lm_head_weight, head_bias), kept)  # type: ignore[no-untyped-call]
+        trained_nll = difficulty(pick_targets(z.log_softmax(-1), layout.targets), layout)
     weighted = torch.where(alpha > 0, alpha * trained_nll, 0.0)
     sft = weighted.new_zeros(layout.num_questions).index_add(0, layout.sequence_question, weighted)
     divergence = _consistency(trained, alpha, layout, config)  # [Q]
     if normalizer is None:
         normalizer = max(1, int((~shares.skipped).sum()))
+    kept_share = gradient_error = None
+    if config.skip_below > 0:
+        counts = layout.label_counts.clamp(min=1)
+        scale = torch.where(layout.labelled, (alpha / counts)[layout.token_sequence], 0.0)  # [T]
+        left_out = torch.where(kept, 0.0, g * scale[:, None]) / normalizer
+        kept_share = kept[scale > 0].to(g.dtype).mean().nan_to_num(1.0)
+        gradient_error = left_out_bounds(left_out, cleaned, lm_head_weight)
     loss_sft = sft.sum() / normalizer
     loss_consistency = config.consistency_weight * divergence.sum() / normalizer
     return CompactOutput(
@@ -87,7 +104,48 @@ def compact_loss(
         skipped=shares.skipped,
         token_entropy=entropy(logp, layout.targets).detach(),
         token_correct=logp.argmax(-1) == layout.targets,
+        kept_share=kept_share,
+        gradient_error=gradient_error,
     )
+
+
+class _KeptGradient(torch.autograd.Function):
+    """The identity, whose gradient is 0 where `kept` is not: `skip_below` entry by entry."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(kept)
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        (kept,) = ctx.saved_tensors
+        return torch.where(kept, upstream[0], 0.0), None
+
+
+@torch.no_grad()
+def _logit_gradients(logp: Tensor, targets: Tensor) -> Tensor:
+    """|softmax - onehot| [T, V] of log-probabilities [T, V]."""
+    g = logp.exp()
+    labelled = (targets >= 0).nonzero().squeeze(1)
+    own = logp[labelled, targets[labelled]]
+    g[labelled, targets[labelled]] = -own.expm1()
+    return g
+
+
+@torch.no_grad()
+def left_out_bounds(
+    left_out: Tensor,  # [T, V]: sizes of the logit gradients that are missing, 0 elsewhere
+    hidden: Tensor,  # [T, D]
+    lm_head_weight: Tensor,  # [V, D]
+) -> Tensor:
+    """Bounds [3] on the Frobenius norms of what is missing from the gradients of hidden, W, bias.
+
+    Row by row sum_v |g_tv| |W_v|, column by column sum_t |g_tv| |h_t|, and sum_t |g_tv|.
+    """
+    norms, sizes = (m.to(left_out.dtype).norm(dim=1) for m in (lm_head_weight, hidden))
+    missing = (left_out @ norms, left_out.T @ sizes, left_out.sum(0))
+    return torch.stack([part.norm() for part in missing])
 
 
 @torch.no_grad()
@@ -202,13 +260,16 @@ def attention_consensus(
     return out
 
 
+def logits(hidden: Tensor, lm_head_weight: Tensor, head_bias: Tensor | None) -> Tensor:
+    """Of the whole vocabulary: [T, D], [V, D], [V] -> [T, V], in float32 or wider."""
+    dtype = statistics_dtype(hidden.dtype)
+    out = hidden.to(dtype) @ lm_head_weight.to(dtype).T
+    return out if head_bias is None else out + head_bias.to(dtype)
+
+
 def log_softmax(hidden: Tensor, lm_head_weight: Tensor, head_bias: Tensor | None) -> Tensor:
     """Log-probabilities of the whole vocabulary: [T, D], [V, D], [V] -> [T, V]."""
-    dtype = statistics_dtype(hidden.dtype)
-    logits = hidden.to(dtype) @ lm_head_weight.to(dtype).T
-    if head_bias is not None:
-        logits = logits + head_bias.to(dtype)
-    return logits.log_softmax(-1)
+    return logits(hidden, lm_head_weight, head_bias).log_softmax(-1)
 
 
 def pick_targets(logp: Tensor, targets: Tensor) -> Tensor:

@@ -424,3 +424,33 @@ def test_what_a_configuration_needs_of_the_layout(field, config, message):
     assert compact_loss(
         batch.hidden, batch.weight, bare, config=CompactConfig(weighting="uniform")
     ).mi.isnan().all()  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["compact", "paper"])
+def test_small_gradients_are_left_out_entry_by_entry(mode):
+    """Gradients are those of a surrogate whose logit gradients were cut by hand."""
+    batch, eps = random_batch(seed=3, scale=1.5, unlabelled=False), 0.02
+    config = CompactConfig(mode=mode, skip_below=eps)
+    hidden, weight = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
+    out = run(batch, config, head_bias=batch.bias)
+    plain = run(batch, dataclasses.replace(config, skip_below=0.0), head_bias=batch.bias)
+    assert torch.equal(out.loss, plain.loss)
+    assert plain.kept_share is None
+    layout = batch.layout
+    g = (hidden @ weight.T + batch.bias).softmax(-1).detach()
+    rows = layout.labelled.nonzero().squeeze(1)
+    g[rows, layout.targets[rows]] -= 1
+    scale = (out.weights / layout.label_counts)[layout.token_sequence] * layout.labelled
+    cut = torch.where(g.abs() < eps, g, 0.0) * scale[:, None] / layout.num_questions
+    for own, exact, missing in zip(
+        torch.autograd.grad(out.loss, (hidden, weight)),
+        torch.autograd.grad(plain.loss, (hidden, weight)),
+        (cut @ weight.detach(), cut.T @ hidden.detach()),
+        strict=True,
+    ):
+        torch.testing.assert_close(exact - own, missing, rtol=1e-9, atol=1e-12)
+    live = scale > 0
+    assert out.kept_share.item() == pytest.approx(float((g[live].abs() >= eps).double().mean()))
+    norms, sizes = weight.detach().norm(dim=1), hidden.detach().norm(dim=1)
+    want = [(cut.abs() @ norms).norm(), (cut.abs().T @ sizes).norm(), cut.abs().sum(0).norm()]
+    assert out.gradient_error.tolist() == pytest.approx([float(w) for w in want])

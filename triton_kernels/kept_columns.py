@@ -169,7 +169,7 @@ def _width(exps: Tensor) -> int:
 @triton.jit(do_not_specialize=["n", "block_rows"])
 def kept_to_rows_kernel(
     e_ptr,  # [n, >= count], row stride stride_e
-    w_ptr,  # [V, D]
+    w_ptr,  # [V, D]; of e's dtype, or narrower
     columns_ptr,  # [B, V] int64
     count_ptr,  # [B] int32
     out_ptr,  # [n, D] float32
@@ -205,26 +205,26 @@ def kept_to_rows_kernel(
         e = tl.load(e_rows + k[None, :], mask=inside[:, None] & (k < width)[None, :], other=0.0)
         w_at = w_ptr + v[:, None] * stride_w + d[None, :]
         w = tl.load(w_at, mask=(k < count)[:, None] & (d < D)[None, :], other=0.0)
-        acc = tl.dot(e, w, acc, input_precision=PRECISION)
+        acc = tl.dot(e, w.to(e.dtype), acc, input_precision=PRECISION)
     at = out_ptr + rows.to(tl.int64)[:, None] * D + d[None, :]
     tl.store(at, acc, mask=inside[:, None] & (d < D)[None, :])
 
 
 def kept_to_rows(
     exps: Tensor,  # [n, V], kept columns in front
-    weight: Tensor,  # [V, D], unit column stride
+    weight: Tensor,  # [V, D], unit column stride; exps' dtype or narrower
     kept: Kept,
     *,
     block_rows: int = BLOCK_ROWS,
 ) -> Tensor:  # [n, D] float32
     """E W over the kept columns."""
     (n, V), D = exps.shape, weight.shape[1]
-    config = product_config(weight)
+    config = product_config(exps)
     out = torch.empty(n, D, dtype=torch.float32, device=weight.device)
     tiles_m = triton.cdiv(n, block_rows) * triton.cdiv(block_rows, config.block_m)
     kept_to_rows_kernel[(tiles_m * triton.cdiv(D, config.block_n),)](
         exps, weight, kept.columns, kept.count, out, n, V, D, _width(exps), exps.stride(0),
-        weight.stride(0), block_rows, **_options(config, weight.dtype),
+        weight.stride(0), block_rows, **_options(config, exps.dtype),
     )  # fmt: skip
     return out
 

@@ -1,8 +1,8 @@
 """Matrix products that accumulate and return float32, by the vendor's library.
 
-A product of bfloat16 rows must not be rounded to bfloat16: the head's gradient is a sum over many
-chunks. Which forms the library takes differs between torch versions and between CUDA and ROCm, so
-it is asked once a device; the check is on the host and waits for nothing.
+A product of bfloat16 or float16 rows must not be rounded to that: the head's gradient is a sum over
+many chunks. Which forms the library takes differs between torch versions and between CUDA and ROCm,
+so it is asked once a device; the check is on the host and waits for nothing.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ BLOCK_BYTES = 64 << 20  # of a product that has to be added in a second step
 
 
 @cache
-def library_is_wide(device: torch.device) -> bool:
-    """Whether bfloat16 times bfloat16 into float32 can be had on this device."""
+def library_is_wide(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a product of this dtype into float32 can be had on this device."""
     if device.type != "cuda":
         return True  # computed in float32
-    return _accepts(torch.float32, device, add=False)
+    return _accepts(dtype, device, add=False)
 
 
 @cache
-def _adds_wide(device: torch.device) -> bool:
+def _adds_wide(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the same product can be added to float32 in one step."""
-    return _accepts(torch.float32, device, add=True)
+    return _accepts(dtype, device, add=True)
 
 
 def _accepts(dtype: torch.dtype, device: torch.device, *, add: bool) -> bool:
-    a = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
-    out = torch.zeros(16, 16, dtype=dtype, device=device)
+    a = torch.zeros(16, 16, dtype=dtype, device=device)
+    out = torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:
         if add:
-            torch.ops.aten.addmm.dtype_out(out, a, a, dtype, out=out)
+            torch.ops.aten.addmm.dtype_out(out, a, a, torch.float32, out=out)
         else:
-            torch.ops.aten.mm.dtype_out(a, a, dtype, out=out)
+            torch.ops.aten.mm.dtype_out(a, a, torch.float32, out=out)
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
     return True
@@ -58,7 +58,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out [m, n] float32 += a [m, k] times b [k, n]."""
     if a.dtype == torch.float32:
         out.addmm_(a, b)
-    elif a.is_cuda and _adds_wide(a.device):
+    elif a.is_cuda and _adds_wide(a.device, a.dtype):
         torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
     else:
         add_product_by_blocks(out, a, b)

@@ -1,9 +1,12 @@
 """Portable tier: logits by the library's GEMM, then one pass over each row in place.
 
-float32 logits [n, V] become E = exp(z - max) in the same memory, in float32 or bfloat16; the
-label's entry becomes exp(z_y - max) - S, so that E / S = softmax - onehot. A bfloat16 row takes
+float32 logits [n, V] become E = exp(z - max) in the same memory, in float32 or a 2-byte type; the
+label's entry becomes exp(z_y - max) - S, so that E / S = softmax - onehot. A 2-byte row takes
 the first half of the bytes of its float32 row: every element is written behind the ones still to
 be read.
+
+float16 holds nothing above 65,504, which S can pass, and nothing below 2^-24: its E is
+2^14 (softmax - onehot), which fits and keeps what is as small as 2^-28 to full precision.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from torch import Tensor
 
 from .launch import UNFUSED, next_power_of_2
 from .row_statistics import RowStatistics, log1p
+
+FLOAT16_TOTAL = 2.0**14  # what E of float16 is divided by to give softmax - onehot
 
 
 @triton.jit
@@ -33,6 +38,7 @@ def row_softmax_kernel(
     stride_e,
     STATISTICS: tl.constexpr,
     STORE: tl.constexpr,
+    TOTAL: tl.constexpr,  # what E is divided by in every row; 0: by its own S
     BLOCK: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
@@ -69,7 +75,13 @@ def row_softmax_kernel(
     total = rest + own
     log_total = tl.where(own == 1.0, log1p(rest), tl.log(total))
     tl.store(offset_ptr + r, peak)
-    tl.store(sum_ptr + r, total)
+    grow = 1.0
+    if TOTAL == 0:
+        tl.store(sum_ptr + r, total)
+    else:
+        grow = TOTAL / total
+        # a row that is not finite must show it
+        tl.store(sum_ptr + r, tl.where(tl.abs(total) < float("inf"), TOTAL, total))
     tl.store(logsumexp_ptr + r, peak + log_total)
     tl.store(logp_ptr + r, tl.where(labelled, z_label - peak - log_total, 0.0))
     if STATISTICS:
@@ -81,7 +93,7 @@ def row_softmax_kernel(
         for v0 in range(0, V, BLOCK):
             v = v0 + lanes
             z = tl.load(z_row + v, mask=v < V, other=float("-inf"))
-            e = tl.where(v == target, 0.0 - rest, tl.exp(z - peak))
+            e = tl.where(v == target, 0.0 - rest, tl.exp(z - peak)) * grow
             # the block's writes may cover what another warp has yet to read
             tl.debug_barrier()
             tl.store(e_row + v, e.to(e_ptr.dtype.element_ty), mask=v < V)
@@ -105,8 +117,9 @@ def row_softmax(
             logits, exps, targets, out.offset, out.total, out.logp, out.logsumexp,
             out.total if out.entropy is None else out.entropy,
             out.redo if out.correct is None else out.correct.view(torch.uint8),
-            V, logits.stride(0), exps.stride(0), STATISTICS=statistics, STORE=store, BLOCK=block,
-            num_warps=8, num_stages=1, **UNFUSED,
+            V, logits.stride(0), exps.stride(0), STATISTICS=statistics, STORE=store,
+            TOTAL=FLOAT16_TOTAL if dtype == torch.float16 else 0.0, BLOCK=block, num_warps=8,
+            num_stages=1, **UNFUSED,
         )  # fmt: skip
     return exps, out
 

@@ -1,9 +1,10 @@
 """Autotuning of the logits GEMM: off unless COMPACT_FAST_AUTOTUNE=1.
 
 The table in `launch.py` is what runs. Switched on, the first call with a new (device, vocabulary,
-width, epilogue) times the table's choice and its candidates on the arguments at hand, and keeps the
-quickest in a file of Triton's cache folder; later runs read it there. Sums over the vocabulary are
-cut at tile borders, so another choice may change the last bits of a result: that is why it is off.
+width, epilogue, dtype) times the table's choice and its candidates on the arguments at hand, and
+keeps the quickest in a file of Triton's cache folder; later runs read it there. Sums over the
+vocabulary are cut at tile borders, so another choice may change the last bits of a result: that is
+why it is off.
 """
 
 from __future__ import annotations
@@ -49,9 +50,8 @@ def tuned_config(
     usual = gemm_config(x, statistics=statistics, bias=bias is not None)
     if not is_on():
         return usual
-    key = "|".join(
-        map(str, (_device_name(x), triton.__version__, *weight.shape, statistics, bias is not None))
-    )
+    form = (*weight.shape, statistics, bias is not None, x.dtype)
+    key = "|".join(map(str, (_device_name(x), triton.__version__, *form)))
     if key not in _chosen:
         _chosen[key] = _read(key) or _measure(key, usual, x, weight, bias, statistics=statistics)
     return _chosen[key]

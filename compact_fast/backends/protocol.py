@@ -83,9 +83,9 @@ class CompactBackend(Protocol):
     """The operations behind `compact_fast.compact_loss` and `compact_fast.token_logp`.
 
     Arguments have been checked for shape, dtype and device, and autocast is off. They are all on
-    one device; a backend with an attribute `takes_host_layout = True` may be handed a layout on
-    the CPU, so that it can read it without waiting for the device. Only a backend with an
-    attribute `skips_blocks = True` is given a config with `skip_below` > 0.
+    one device; a backend with an attribute `takes_host_layout = True` may be handed a layout, or
+    the targets of token_logp, on the CPU, so that it can read it without waiting for the device.
+    Only a backend with an attribute `skips_blocks = True` is given a config with `skip_below` > 0.
     """
 
     @property

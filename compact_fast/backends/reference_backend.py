@@ -24,6 +24,7 @@ class ReferenceBackend:
 
     name: str = "reference"
     abi: int = ABI
+    skips_blocks: bool = True
 
     def can_run(self, spec: RunSpec) -> bool | str:
         """Always, given the memory for [T, V] logits."""
@@ -58,6 +59,9 @@ class ReferenceBackend:
             (hidden, weight, bias),
             needs,
         )
+        bounds = out.gradient_error
+        if bounds is not None:
+            bounds = bounds * bounds.new_tensor([g is not None for g in gradients])
         return LossResult(
             loss=out.loss.detach(),
             loss_sft=out.loss_sft,
@@ -75,6 +79,8 @@ class ReferenceBackend:
             skipped=out.skipped,
             token_entropy=out.token_entropy if statistics else None,
             token_correct=out.token_correct if statistics else None,
+            kept_share=out.kept_share,
+            gradient_error=bounds,
         )
 
     def token_logp(

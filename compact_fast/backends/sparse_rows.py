@@ -130,7 +130,10 @@ class SparseRows:
         grads.add_columns(self.head, at, x, g, columns)
         amount = (factor * soft.rest)[live]
         grads.subtract_targets(self.head, at, x, self.targets[live], amount)
-        left.kept += g.numel()
+        kept = torch.zeros(self.head.vocab, dtype=torch.bool, device=columns.device)
+        kept[columns] = True
+        # the target's own entry is always multiplied, in a kept column or by itself
+        left.kept += g.numel() + int((~kept[self.targets[live]]).sum())
         left.total += at.numel() * self.head.vocab
         left.hidden += float((self._missing * scale)[live].double().square().sum())
         if left.weight is not None and self._weight is not None:

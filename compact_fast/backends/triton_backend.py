@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compact_fast.backends.assembly import TokenStatistics
 from compact_fast.backends.protocol import ABI, Gradients, LossResult, Needs, RunSpec
 from compact_fast.config import CompactConfig
 from compact_fast.layout import TokenLayout
@@ -38,6 +39,8 @@ class TritonBackend:
         passed over twice.
     tier: "fused": a GEMM with exp in its epilogue, for bfloat16; "library": the vendor's GEMM and
         a pass over each row; "auto": fused where it can run.
+
+    Hidden states and head may differ in dtype: products are then float32.
     """
 
     chunk_bytes: int = CHUNK_BYTES
@@ -60,16 +63,14 @@ class TritonBackend:
         )
 
     def _dtype_refusal(self, spec: RunSpec) -> str | None:
-        head = spec.weight_dtype
-        if head not in (torch.bfloat16, torch.float32):
-            return f"dtype {head} of the head is neither bfloat16 nor float32"
-        if torch.promote_types(spec.dtype, head) != head:
+        for name, dtype in (("hidden states", spec.dtype), ("the head", spec.weight_dtype)):
+            if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+                return f"dtype {dtype} of {name} is none of bfloat16, float16, float32"
+        if self.tier == "fused" and {spec.dtype, spec.weight_dtype} != {torch.bfloat16}:
             return (
-                f"hidden is {spec.dtype}, the head {head}: hidden would have to be rounded; "
-                "give both in one dtype"
+                f"tier='fused' needs bfloat16; hidden states are {spec.dtype}, the head "
+                f"{spec.weight_dtype}"
             )
-        if self.tier == "fused" and head != torch.bfloat16:
-            return f"tier='fused' needs bfloat16, not {head}"
         return None
 
     def score_and_loss(
@@ -124,14 +125,15 @@ class TritonBackend:
         targets: Tensor,
         statistics: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """See CompactBackend."""
-        from compact_fast.backends.triton_rows import DeviceHead, TokenStatistics
+        """See CompactBackend. With targets on the CPU nothing waits for the device."""
+        from compact_fast.backends.triton_rows import DeviceHead
 
         with _device_of(hidden):
             head = DeviceHead.of(self, hidden, weight, bias)
-            stats = TokenStatistics.empty(targets, statistics=statistics)
-            for rows in torch.split((targets >= 0).nonzero().squeeze(1), head.max_rows):
-                x, y = head.take(hidden, rows), targets[rows]
+            there, labelled = _labelled(targets, hidden.device)
+            stats = TokenStatistics.empty(there, torch.float32, full=statistics)
+            for rows in torch.split(labelled, head.max_rows):
+                x, y = head.take(hidden, rows), there[rows]
                 stats.record(rows, head.measure(x, y, keep=False, statistics=statistics)[1])
         return stats.logp, stats.entropy, stats.correct
 
@@ -144,18 +146,22 @@ class TritonBackend:
         targets: Tensor,
         needs: Needs,
     ) -> Gradients:
-        """See CompactBackend; logits are made again."""
+        """See CompactBackend; logits are made again, and nothing waits as in `token_logp`."""
         from compact_fast.backends.triton_rows import DeviceHead, GradientSums
+        from compact_fast.triton_kernels.gradient_rows import clear_rows
 
-        wanted = (targets >= 0) & (grad_logp != 0)
+        upstream = grad_logp.float()
         with _device_of(hidden):
             head = DeviceHead.of(self, hidden, weight, bias)
-            grads = GradientSums.zeros(hidden, weight, bias, needs)
-            for rows in torch.split(wanted.nonzero().squeeze(1), head.max_rows):
-                x = head.take(hidden, rows)
-                exps, out = head.measure(x, targets[rows], keep=True, statistics=False)
+            there, labelled = _labelled(targets, hidden.device)
+            unit = head.unit_on_device(upstream)
+            grads = GradientSums.zeros(hidden, weight, bias, needs, unit)
+            for rows in torch.split(labelled, head.max_rows):
+                x, own = head.take(hidden, rows), upstream[rows]
+                exps, out = head.measure(x, there[rows], keep=True, statistics=False)
                 assert exps is not None
-                factor = -grad_logp[rows].float() / out.total
+                factor = torch.where(own != 0, -own / out.total, 0.0)
+                clear_rows(exps, factor, out.total)  # a row whose gradient nobody wants may be NaN
                 head.add_gradients(grads, rows, x, exps, factor, add=False)
         return grads.finish(1.0, hidden, weight, bias)
 
@@ -194,9 +200,21 @@ def _toolchain_refusal(interpreted: bool) -> str | None:
 def _product_refusal(spec: RunSpec) -> str | None:
     from compact_fast.triton_kernels.products import library_is_wide
 
-    if spec.weight_dtype == torch.bfloat16 and not library_is_wide(spec.device):
-        return f"torch {torch.__version__} cannot multiply bfloat16 into float32 on this device"
+    dtype = torch.promote_types(spec.dtype, spec.weight_dtype)
+    if dtype.itemsize == 2 and not library_is_wide(spec.device, dtype):
+        return f"torch {torch.__version__} cannot multiply {dtype} into float32 on this device"
     return None
+
+
+def _labelled(targets: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(targets, positions with a label) on the device; it is waited for if targets lie on it."""
+    from compact_fast.backends.triton_plan import send
+
+    rows = (targets >= 0).nonzero().squeeze(1)
+    if targets.device == device:
+        return targets, rows
+    sent = send({"targets": targets, "rows": rows}, device)
+    return sent["targets"], sent["rows"]
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[object]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compact_fast.backends.assembly import TokenStatistics, assemble
 from compact_fast.backends.protocol import LossResult, Needs
 from compact_fast.backends.triton_plan import (
     ConsistencyPlan,
@@ -16,7 +17,7 @@ from compact_fast.backends.triton_plan import (
     information_of,
     weight_rule,
 )
-from compact_fast.backends.triton_rows import DeviceHead, GradientSums, TokenStatistics, say_once
+from compact_fast.backends.triton_rows import DeviceHead, GradientSums, say_once
 from compact_fast.backends.triton_skip import SkippingProducts
 from compact_fast.config import CompactConfig
 from compact_fast.triton_kernels.consistency import consistency
@@ -47,8 +48,9 @@ class TritonPass:
 
     def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> LossResult:
         """Loss, figures, and the gradients that are needed."""
-        grads = GradientSums.zeros(hidden, weight, bias, needs)
-        stats = TokenStatistics.empty(self.plan.targets, statistics=self.statistics)
+        unit = self.head.unit(1 / self.plan.least_labels)  # of alpha / |A|
+        grads = GradientSums.zeros(hidden, weight, bias, needs, unit)
+        stats = TokenStatistics.empty(self.plan.targets, torch.float32, full=self.statistics)
         gold_logit = self._gold_logit(hidden)
         if grads.head:
             parts = [
@@ -63,30 +65,20 @@ class TritonPass:
         normalizer: Any = self.normalizer
         if normalizer is None:
             normalizer = (~shares.skipped).sum().clamp(min=1)
-        sft = torch.where(alpha > 0, alpha * scores.nll, 0.0).double().sum() / normalizer
-        pull = self.config.consistency_weight * divergence.double().sum() / normalizer
         kept_share = gradient_error = None
         if self.skipping is not None:
             rows = self.plan.rows
             factor = self._factors(self._everything, rows, self._ones(rows), scores)
             kept_share, gradient_error = self.skipping.report(grads, rows, factor, normalizer)
-        return LossResult(
-            loss=(sft + pull).float(),
-            loss_sft=sft.float(),
-            loss_consistency=pull.float(),
-            gradients=grads.finish(normalizer, hidden, weight, bias),
-            weights=alpha,
+        return assemble(
+            self.config,
             nll=scores.nll,
             mi=scores.mi,
-            consensus=shares.consensus,
-            score=shares.score,
-            token_logp=stats.logp,
-            consistency=divergence,
-            filtered=shares.filtered,
-            nonfinite=shares.nonfinite,
-            skipped=shares.skipped,
-            token_entropy=stats.entropy,
-            token_correct=stats.correct,
+            shares=shares,
+            divergence=divergence,
+            normalizer=normalizer,
+            gradients=grads.finish(normalizer, hidden, weight, bias),
+            stats=stats,
             kept_share=kept_share,
             gradient_error=gradient_error,
         )
@@ -267,9 +259,11 @@ class TritonPass:
     ) -> Tensor:
         rows, lengths = plan.rows[block], plan.lengths[block]
         weight = alpha[plan.sequences[block]]
-        x = hidden[rows.clamp(min=0)].to(self.head.weight.dtype)
+        x = self.head.take(hidden, rows.clamp(min=0))
         logits = self.head.logits(x)
-        grad = torch.empty_like(logits, dtype=self.head.weight.dtype)
+        # these are few rows; their smallest entries would vanish in float16
+        narrow = self.head.dtype == torch.bfloat16
+        grad = torch.empty_like(logits, dtype=torch.bfloat16 if narrow else torch.float32)
         value: Tensor = consistency(
             logits,
             weight,

@@ -49,6 +49,7 @@ class Plan:
     num_questions: int
     groups: list[Group]  # rows of a group fit a chunk, or it is one question
     most_teachers: int
+    least_labels: int  # of a sequence that has some; 1 if none has
     targets: Tensor  # [T] int64
     cu_seqlens: Tensor  # [S+1] int64
     cu_teachers: Tensor  # [Q+1] int64
@@ -109,6 +110,7 @@ def make_plan(
         num_questions=host.num_questions,
         groups=_groups(host, rows, max_rows),
         most_teachers=int(host.teachers_per_question.max()),
+        least_labels=min((n for n in host.label_counts.tolist() if n > 0), default=1),
         consistency=consistency,
         **there,
     )

@@ -6,6 +6,8 @@ Shape suffixes: n rows of a chunk, D hidden width, V vocabulary.
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -19,7 +21,7 @@ from compact_fast.triton_kernels.gradient_rows import scale_rows
 from compact_fast.triton_kernels.launch import architecture
 from compact_fast.triton_kernels.logits_gemm import padded_width
 from compact_fast.triton_kernels.products import add_product, product
-from compact_fast.triton_kernels.row_softmax import row_softmax
+from compact_fast.triton_kernels.row_softmax import FLOAT16_TOTAL, row_softmax
 from compact_fast.triton_kernels.row_statistics import RowStatistics
 from compact_fast.triton_kernels.token_logp import can_fuse, measure_rows
 
@@ -28,36 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+UPCAST_BYTES = 256 << 20  # float32 copy of a part of a narrower head
 ROW_MULTIPLE = 128  # rows of a GEMM tile: a chunk of 3,500 would leave the last one part empty
-
-
-@dataclass(frozen=True)
-class TokenStatistics:
-    """Per-token results on the device, filled chunk by chunk; all [T] float32 but `correct`."""
-
-    logp: Tensor  # 0 where there is no label
-    logsumexp: Tensor  # NaN where no logits were made
-    entropy: Tensor | None
-    correct: Tensor | None  # bool
-
-    @classmethod
-    def empty(cls, targets: Tensor, *, statistics: bool) -> TokenStatistics:
-        logp = torch.zeros(targets.numel(), dtype=torch.float32, device=targets.device)
-        return cls(
-            logp,
-            torch.full_like(logp, torch.nan),
-            torch.zeros_like(logp) if statistics else None,
-            torch.zeros_like(logp, dtype=torch.bool) if statistics else None,
-        )
-
-    def record(self, rows: Tensor, out: RowStatistics) -> None:
-        """Place the results of `rows` [n], packed positions."""
-        self.logp[rows] = out.logp
-        self.logsumexp[rows] = out.logsumexp
-        if self.entropy is not None and out.entropy is not None:
-            self.entropy[rows] = out.entropy
-        if self.correct is not None and out.correct is not None:
-            self.correct[rows] = out.correct
 
 
 @dataclass(frozen=True)
@@ -65,61 +39,81 @@ class GradientSums:
     """Float32 gradients of the sum over questions. None: not needed."""
 
     hidden: Tensor | None  # [T, D]
-    weight: Tensor | None  # [V, D]
-    bias: Tensor | None  # [V]
+    weight: Tensor | None  # [V, D]; times `unit`
+    bias: Tensor | None  # [V]; times `unit`
+    unit: float | Tensor = 1.0  # see DeviceHead.unit
 
     @classmethod
     def zeros(
-        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needs: Needs,
+        unit: float | Tensor = 1.0,
     ) -> GradientSums:
         """Room for those that are needed."""
-        owners = (hidden, weight, bias)
-        return cls(
-            *(
-                torch.zeros_like(owner, dtype=torch.float32, memory_format=torch.contiguous_format)
-                if need and owner is not None
-                else None
-                for owner, need in zip(owners, needs, strict=True)
+
+        def zeros(owner: Tensor | None, need: bool) -> Tensor | None:
+            if owner is None or not need:
+                return None
+            return torch.zeros_like(
+                owner, dtype=torch.float32, memory_format=torch.contiguous_format
             )
+
+        return cls(
+            zeros(hidden, needs.hidden), zeros(weight, needs.weight), zeros(bias, needs.bias), unit
         )
 
     @property
     def head(self) -> bool:
         return self.weight is not None or self.bias is not None
 
+    def of_head(self, factor: Tensor) -> Tensor:
+        """A row's factor [n] in the gradients of the head."""
+        return factor if isinstance(self.unit, float) and self.unit == 1 else factor * self.unit
+
     def finish(
         self, normalizer: float | Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Gradients:
         """Divided by the normalizer, in the dtype of what they belong to."""
-        return divided((self.hidden, self.weight, self.bias), (hidden, weight, bias), normalizer)
+        owners = (hidden, weight, bias)
+        rows = divided((self.hidden, None, None), owners, normalizer)
+        head = divided((None, self.weight, self.bias), owners, self.unit * normalizer)
+        return rows._replace(weight=head.weight, bias=head.bias)
 
 
 @dataclass
 class DeviceHead:
-    """The unembedding W [V, D] and bias [V], and the memory that rows pass through."""
+    """The unembedding W [V, D] and bias [V], and the memory that rows pass through.
+
+    dtype: of rows and exponentials, the wider one of hidden states and head. Where the head is
+        narrower, products take a wide copy of a part of it at a time.
+    fused: exponentials come out of the GEMM. Those of float16 do not: exp(z - z_label) leaves its
+        range, and what would fit is known once the row is complete.
+    sums: where no exponentials are kept, their sums come out of the GEMM.
+    """
 
     weight: Tensor
     bias: Tensor | None
+    dtype: torch.dtype
     chunk_bytes: int
     hold_bytes: int
     fused: bool
+    sums: bool
     _buffer: Tensor | None = None
 
     @classmethod
     def of(
         cls, backend: TritonBackend, hidden: Tensor, weight: Tensor, bias: Tensor | None
     ) -> DeviceHead:
-        """Raises ValueError where hidden states would have to be rounded to the head's dtype."""
+        """Raises ValueError where tier="fused" cannot be had."""
         weight = weight.detach()
         if weight.stride(1) != 1:
             weight = weight.contiguous()
-        if torch.promote_types(hidden.dtype, weight.dtype) != weight.dtype:
-            raise ValueError(
-                f"hidden is {hidden.dtype}, lm_head_weight {weight.dtype}: cast hidden to the "
-                "head's dtype, or use backend='torch'"
-            )
-        narrow = weight.dtype == torch.bfloat16
-        fits = narrow and can_fuse(hidden[:0].to(weight.dtype).contiguous(), weight)
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        narrow = dtype.itemsize == 2
+        fits = narrow and can_fuse(hidden[:0].contiguous(), weight)
         if narrow and not fits and backend.tier != "library":
             why = (
                 f"bulk copies cannot address a {weight.dtype} head of shape "
@@ -130,8 +124,9 @@ class DeviceHead:
                 raise ValueError(f"tier='fused': {why}; use tier='auto'")
             say_once(f"{why}; the vendor's GEMM and a pass over each row are taken", warning=True)
         bias = None if bias is None else bias.detach().contiguous()
-        fused = fits and backend.tier != "library"
-        return cls(weight, bias, backend.chunk_bytes, backend.hold_bytes, fused)
+        sums = fits and backend.tier != "library"
+        fused = sums and dtype == torch.bfloat16
+        return cls(weight, bias, dtype, backend.chunk_bytes, backend.hold_bytes, fused, sums)
 
     @property
     def vocab(self) -> int:
@@ -140,7 +135,7 @@ class DeviceHead:
     @property
     def row_bytes(self) -> int:
         width: int = padded_width(self.vocab)
-        return width * (self.weight.element_size() if self.fused else 4)
+        return width * (self.dtype.itemsize if self.fused else 4)
 
     @property
     def max_rows(self) -> int:
@@ -153,35 +148,74 @@ class DeviceHead:
         return max(self.max_rows, self.hold_bytes // self.row_bytes)
 
     def take(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Rows of hidden [T, D] in the head's dtype, [n, D]."""
-        return hidden[rows].to(self.weight.dtype)
+        """Rows of hidden [T, D] in the dtype of products, [n, D]."""
+        return hidden[rows].to(self.dtype)
+
+    def unit(self, largest: float) -> float:
+        """A power of two that head gradients are kept times, given the rows' largest factor > 0.
+
+        Factors of rows are 1e-3 and less: times x they would lose digits in float16.
+        """
+        if self.dtype != torch.float16:
+            return 1.0
+        return math.ldexp(FLOAT16_TOTAL, -math.ceil(math.log2(largest)))
+
+    def unit_on_device(self, factors: Tensor) -> float | Tensor:
+        """The same where the rows' factors, any number of them, are not known to the host."""
+        if self.dtype != torch.float16 or factors.numel() == 0:
+            return 1.0
+        largest = factors.abs().amax()
+        there = torch.isfinite(largest) & (largest > 0)
+        exponent = torch.frexp(torch.where(there, largest, 1.0)).exponent
+        return torch.ldexp(torch.full_like(largest, FLOAT16_TOTAL), -exponent)
 
     def _memory(self, n: int) -> Tensor:
-        """[n, V] that the next call overwrites; float32 logits, or exponentials in W's dtype."""
+        """[n, V] that the next call overwrites; float32 logits, or exponentials in `dtype`."""
         if self._buffer is None or self._buffer.shape[0] < n:
-            dtype = self.weight.dtype if self.fused else torch.float32
+            dtype = self.dtype if self.fused else torch.float32
             self._buffer = None
             self._buffer = self.weight.new_empty((n, padded_width(self.vocab)), dtype=dtype)
         return self._buffer[:n, : self.vocab]
 
     def logits(self, x: Tensor) -> Tensor:
         """Float32 logits [n, V] of x [n, D] in new memory."""
-        z: Tensor = product(x, self.weight.T)
+        return self._logits_into(x, x.new_empty((x.shape[0], self.vocab), dtype=torch.float32))
+
+    def _logits_into(self, x: Tensor, z: Tensor) -> Tensor:
+        for part, weight in self._parts(x.dtype):
+            product(x, weight.T, out=z[:, part])
         return z if self.bias is None else z.add_(self.bias)
+
+    def back_to_rows(self, g: Tensor) -> Tensor:
+        """g [n, V] times W in float32, [n, D]; g in the dtype of products, or float32."""
+        out: Tensor | None = None
+        for part, weight in self._parts(g.dtype):
+            if out is None:
+                out = product(g[:, part], weight)
+            else:
+                add_product(out, g[:, part], weight)
+        assert out is not None
+        return out
+
+    def _parts(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The vocabulary and W in parts that are multiplied as `dtype`; one if W is of it."""
+        step = self.vocab
+        if dtype != self.weight.dtype:
+            step = max(1, UPCAST_BYTES // (self.weight.shape[1] * dtype.itemsize))
+        for a in range(0, self.vocab, step):
+            part = slice(a, min(a + step, self.vocab))
+            yield part, self.weight[part].to(dtype)
 
     def measure(
         self, x: Tensor, targets: Tensor, *, keep: bool, statistics: bool
     ) -> tuple[Tensor | None, RowStatistics]:
         """(E [n, V] if `keep`, statistics): E / statistics.total = softmax - onehot."""
-        if self.fused:
+        if self.fused or (self.sums and not keep):
             exps = self._memory(x.shape[0]) if keep else None
             out = measure_rows(x, self.weight, self.bias, targets, exps=exps, statistics=statistics)
             return exps, out
-        z = self._memory(x.shape[0])
-        product(x, self.weight.T, out=z)
-        if self.bias is not None:
-            z += self.bias
-        exps, out = row_softmax(z, targets, self.weight.dtype, statistics=statistics, store=keep)
+        z = self._logits_into(x, self._memory(x.shape[0]))
+        exps, out = row_softmax(z, targets, self.dtype, statistics=statistics, store=keep)
         return exps if keep else None, out
 
     def add_gradients(
@@ -196,16 +230,17 @@ class DeviceHead:
     ) -> None:
         """Rows with logit gradients factor * g: dH[at] (+)= them times W, dW and db += them."""
         if grads.hidden is not None:
-            scale_rows(product(g, self.weight), factor, grads.hidden, to=at, add=add)
+            scale_rows(self.back_to_rows(g), factor, grads.hidden, to=at, add=add)
         if grads.weight is not None:
-            scaled = scale_rows(x, factor, torch.empty_like(x))
+            scaled = scale_rows(x, grads.of_head(factor), torch.empty_like(x, dtype=g.dtype))
             add_product(grads.weight, g.T, scaled)
         self.add_bias_gradient(grads, g, factor)
 
     def add_bias_gradient(self, grads: GradientSums, g: Tensor, factor: Tensor) -> None:
         """db += the sum over rows of factor [n] times g [n, V]."""
         if grads.bias is not None:
-            # two columns: a factor rounded to bfloat16, and what the rounding left
+            # two columns: a factor rounded to two bytes, and what the rounding left
+            factor = grads.of_head(factor)
             high = factor.to(g.dtype)
             columns = torch.stack([high, (factor - high.float()).to(g.dtype)], 1)
             grads.bias.add_(product(g.T, columns).sum(1))

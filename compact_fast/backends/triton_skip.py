@@ -64,7 +64,7 @@ class SkippingProducts:
             rows = kept_to_rows(exps, self.head.weight, kept)
             scale_rows(rows, factor, grads.hidden, to=at)
         if grads.weight is not None:
-            scaled = scale_rows(x, factor, torch.empty_like(x))
+            scaled = scale_rows(x, grads.of_head(factor), torch.empty_like(x))
             kept_to_head(exps, scaled, kept, grads.weight)
 
     def report(
@@ -83,6 +83,6 @@ class SkippingProducts:
         hidden = none if grads.hidden is None else missing.norm()
         weight = none if grads.weight is None else self.column_missing.double().norm()
         # entries are as they were rounded on their way into E
-        slack = 1 + torch.finfo(self.head.weight.dtype).eps
+        slack = 1 + torch.finfo(self.head.dtype).eps
         bounds = torch.stack([hidden, weight, none]) * slack / normalizer
         return share.float(), bounds.float()

@@ -295,6 +295,26 @@ def check_low_precision(subject: Subject) -> None:
             compare(f"gradient of {name} ({dtype})", g, o, e)
 
 
+def check_mixed_precision(subject: Subject) -> None:
+    """Hidden states and head of two dtypes: neither is rounded to the other's."""
+    wide, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    for dtype, head in ((wide, bf16), (wide, fp16), (bf16, wide), (fp16, bf16)):
+        if subject.can_run(dtype, head_dtype=head) is not True:
+            continue
+        batch = _batch()
+        batch = replace(batch, hidden=batch.hidden.to(dtype), weight=batch.weight.to(head))
+        got, own, exact = _both(subject, batch, UNEVEN)
+        what = f"{dtype} states, {head} head"
+        compare(f"token_logp ({what})", got.token_logp, own.token_logp, exact.token_logp)
+        for name, g, o, e in zip(
+            Needs._fields, got.gradients, own.gradients, exact.gradients, strict=True
+        ):
+            owner = head if name == "weight" else dtype if name == "hidden" else wide
+            if g is not None and g.dtype != owner:
+                raise Fault(f"gradient of {name} ({what}): dtype {g.dtype}, expected {owner}")
+            compare(f"gradient of {name} ({what})", g, o, e)
+
+
 def check_extreme_logits(subject: Subject) -> None:
     """Logits tens of units apart overflow exp() where the maximum is not taken off."""
     batch = _batch(scale=25.0)
@@ -386,9 +406,13 @@ def check_small_gradients(subject: Subject) -> None:
     """With skip_below, for backends that offer it: figures stay, the reported bound holds."""
     if not getattr(subject.backend, "skips_blocks", False):
         return
-    batch = _batch(unlabelled=False, scale=1.0)
+    batch, eps = _batch(unlabelled=False, scale=1.0), 0.05
     plain = subject.run(batch, PLAIN)
-    got = subject.run(batch, replace(PLAIN, skip_below=0.05))
+    got = subject.run(batch, replace(PLAIN, skip_below=eps))
+    # what may be left out at most: every entry by itself, and those that rounding puts below
+    most = truth(batch, replace(PLAIN, skip_below=eps * (1 + 1e-3)))
+    assert most.gradient_error is not None
+    assert most.kept_share is not None
     for name in ("loss", "nll", "mi", "weights", "token_logp"):
         if not close(getattr(got, name), getattr(plain, name), 1e-6):
             raise Fault(f"{name} changes with skip_below; only gradients may")
@@ -396,16 +420,27 @@ def check_small_gradients(subject: Subject) -> None:
         raise Fault(f"kept_share: {got.kept_share}, expected a share between 0 and 1")
     if got.gradient_error is None or tuple(got.gradient_error.shape) != (3,):
         raise Fault("gradient_error: expected 3 bounds, for hidden, weight and bias")
-    for name, whole, part, bound in zip(
-        Needs._fields, plain.gradients, got.gradients, got.gradient_error.tolist(), strict=True
+    if float(got.kept_share) < float(most.kept_share) - 1e-6:
+        raise Fault(
+            f"kept_share: {float(got.kept_share):.4g}, but entries of at least skip_below={eps} "
+            f"are {float(most.kept_share):.4g} of all, and none of them may be left out"
+        )
+    bounds = zip(got.gradient_error.tolist(), most.gradient_error.tolist(), strict=True)
+    for name, whole, part, (bound, limit) in zip(
+        Needs._fields, plain.gradients, got.gradients, bounds, strict=True
     ):
         assert whole is not None
         assert part is not None
-        error = float((whole - part).double().norm())
-        if error > bound + 1e-6 * float(whole.double().norm()):
+        error = float((whole - part).double().norm()) - 1e-6 * float(whole.double().norm())
+        if error > bound:
             raise Fault(
                 f"gradient of {name} is off by {error:.3g} with skip_below, more than the bound "
                 f"{bound:.3g} that is reported"
+            )
+        if error > limit:
+            raise Fault(
+                f"gradient of {name} is off by {error:.3g} with skip_below={eps}, more than the "
+                f"{limit:.3g} that all smaller entries together can be"
             )
 
 
@@ -441,6 +476,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_hidden_gradient,
     check_head_gradient,
     check_low_precision,
+    check_mixed_precision,
     check_extreme_logits,
     check_non_finite,
     check_company,

@@ -32,8 +32,15 @@ class Subject:
     backend: CompactBackend
     device: torch.device
 
-    def can_run(self, dtype: torch.dtype, vocab: int = 97, width: int = 16) -> bool | str:
-        return self.backend.can_run(RunSpec(self.device, dtype, vocab, width, head_bias=True))
+    def can_run(
+        self,
+        dtype: torch.dtype,
+        vocab: int = 97,
+        width: int = 16,
+        head_dtype: torch.dtype | None = None,
+    ) -> bool | str:
+        spec = RunSpec(self.device, dtype, vocab, width, True, head_dtype)
+        return self.backend.can_run(spec)
 
     def run(
         self,

@@ -150,6 +150,13 @@ def _left_out(run: Run) -> str:
             )
         else:
             words.append(f"The consensus filter took out {100 * mean:.1f} % of the rationales.")
+    multiplied, bound = (run.series(n)[1] for n in ("kept_share", "gradient_error/hidden"))
+    if multiplied and bound:
+        words.append(
+            f"skip_below multiplied {100 * math.fsum(multiplied) / len(multiplied):.1f} % of the "
+            "logit gradients; what it left out of the hidden states' gradient has a norm of "
+            f"{max(bound):.2g} at most."
+        )
     skipped = run.total("skipped_questions")
     bad = [(t, run.total(f"teacher/{t}/nonfinite")) for t in run.teachers]
     counts = [(t, n) for t, n in bad if n]

@@ -114,6 +114,10 @@ def per_teacher_step(
     sft = torch.where(alpha > 0, alpha * nll, 0.0).double().sum() / divisor
     pull = config.consistency_weight * divergence.double().sum() / divisor
     work.total.div_(divisor)
+    kept_share = gradient_error = None
+    if config.skip_below > 0:
+        left = torch.cat([f.left for f in found if f.left is not None])
+        kept_share, gradient_error = _left_out(left, alpha, layout.label_counts, divisor)
     loss: Tensor = _HandOver.apply((sft + pull).to(nll.dtype), work.total, *work.trained)  # type: ignore[no-untyped-call]
     return PerTeacherOutput(
         loss=loss,
@@ -129,6 +133,8 @@ def per_teacher_step(
         filtered=torch.cat([s.filtered for s in shares]),
         nonfinite=torch.cat([s.nonfinite for s in shares]),
         skipped=skipped,
+        kept_share=kept_share,
+        gradient_error=gradient_error,
         grad_norms=torch.cat([f.norms for f in found]),
         pairs=torch.cat([f.pairs for f in found]),
         cosines=torch.cat([f.cosines for f in found]),
@@ -147,6 +153,7 @@ class _Question:
     norms: Tensor  # [K]
     pairs: Tensor  # [K(K-1)/2, 2]
     cosines: Tensor  # [K(K-1)/2]
+    left: Tensor | None  # [K, 4]; kept_share and gradient_error of each, with skip_below
 
 
 @dataclass(frozen=True)
@@ -214,6 +221,7 @@ class _Fusion:
             norms=norms,
             pairs=pairs,
             cosines=cosines,
+            left=_stack_left([r.out for r in read]),
         )
 
     def _read(self, s: int, q: int, gradient: Tensor) -> _Read:
@@ -318,6 +326,30 @@ class _Fusion:
     def _parts(self, gradient: Tensor) -> tuple[Tensor, ...]:
         """Each parameter's stretch of a flat gradient, [P]."""
         return torch.split(gradient, [p.numel() for p in self.trained])
+
+
+def _stack_left(outs: Sequence[CompactOutput]) -> Tensor | None:
+    rows = [
+        torch.cat([out.kept_share[None], out.gradient_error])
+        for out in outs
+        if out.kept_share is not None and out.gradient_error is not None
+    ]
+    return torch.stack(rows) if rows else None
+
+
+def _left_out(
+    left: Tensor,  # [S, 4]; kept_share and gradient_error of each rationale alone
+    alpha: Tensor,  # [S]
+    label_counts: Tensor,  # [S]
+    divisor: float,
+) -> tuple[Tensor, Tensor]:
+    """kept_share and gradient_error [3] of the whole batch, as CompactOutput has them."""
+    rows = torch.where(alpha > 0, label_counts, 0).to(left.dtype)
+    kept = (left[:, 0] * rows).sum() / rows.sum().clamp(min=1)
+    scaled = left[:, 1:] * alpha.to(left.dtype)[:, None] / divisor
+    # rationales share no hidden states, but all of them the head
+    bounds = torch.cat([scaled[:, :1].norm(dim=0), scaled[:, 1:].sum(0)])
+    return torch.where(rows.sum() > 0, kept, 1.0), bounds
 
 
 class _HandOver(torch.autograd.Function):

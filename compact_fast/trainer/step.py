@@ -278,5 +278,6 @@ def prior_logp(model: Any, inputs: Mapping[str, Any], backend: CompactBackend | 
     with inference(causal_model(model)):
         hidden = packed_hidden(head.body, inputs)
     layout: TokenLayout = inputs["layout"]
-    logp = token_logp(hidden, head.weight, layout.targets, backend=backend, head_bias=head.bias)
+    targets = layout.on_host.targets
+    logp = token_logp(hidden, head.weight, targets, backend=backend, head_bias=head.bias)
     return segment_sum(logp, layout).float()

@@ -19,7 +19,10 @@ _COLUMNS = (
     *("sequences", "weight", "weighted", "nll", "nll_n", "mi", "mi_n", "consensus", "consensus_n"),
     *("nonfinite", "filtered", "right", "right_n", "wrong", "wrong_n"),
 )
-_TOTALS = ("sft", "consistency", "entropy", "questions", "skipped", "tokens")
+_TOTALS = (
+    *("sft", "consistency", "entropy", "questions", "skipped", "tokens"),
+    *("kept", "missing_hidden", "missing_head", "skipping_n"),  # with config.skip_below > 0
+)
 
 
 class LogWindow:
@@ -83,6 +86,7 @@ class LogWindow:
                 weights.new_tensor(layout.num_questions),
                 out.skipped.double().sum(),
                 weights.new_tensor(layout.num_tokens),
+                *_left_out(out, weights),
             ]
         )
         if isinstance(out, PerTeacherOutput):
@@ -119,6 +123,10 @@ class LogWindow:
             _mean(out, f"weight/{kind}", sum(columns[kind]), sum(columns[f"{kind}_n"]))
         _mean(out, "filtered_share", sum(columns["filtered"]), sum(columns["sequences"]))
         out["skipped_questions"] = totals["skipped"]
+        batches = totals["skipping_n"]
+        _mean(out, "kept_share", totals["kept"], batches)
+        _mean(out, "gradient_error/hidden", totals["missing_hidden"], batches)
+        _mean(out, "gradient_error/head", totals["missing_head"], batches)
         for k, name in enumerate(self.teachers):
             seen = columns["sequences"][k]
             _mean(out, f"teacher/{name}/weight", columns["weight"][k], columns["weighted"][k])
@@ -174,6 +182,14 @@ class LogWindow:
         self._first_step = state["first_step"]
         self._opened = time.perf_counter() - state["seconds"]
         self._waited = state.get("waited", 0.0)  # a checkpoint may be older than this figure
+
+
+def _left_out(out: CompactOutput, like: Tensor) -> tuple[Tensor, ...]:
+    """Share of the logit gradients that was multiplied, bounds on the rest, and 1; 0 without."""
+    if out.kept_share is None or out.gradient_error is None:
+        return (like.new_zeros(()),) * 4
+    hidden, *head = out.gradient_error.double().unbind()
+    return out.kept_share.double(), hidden, torch.stack(head).norm(), like.new_ones(())
 
 
 def _finite(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,14 +36,14 @@ def test_auto_says_why():
 
 
 def test_auto_asks_for_both_dtypes():
-    """A head that hidden would have to be rounded for is nothing for the Triton kernels."""
     mixed = dataclasses.replace(SPEC, head_dtype=torch.bfloat16)
     assert mixed.weight_dtype == torch.bfloat16
     assert SPEC.weight_dtype == torch.float32
-    refused = TritonBackend()._dtype_refusal(mixed)
-    assert "hidden is torch.float32, the head torch.bfloat16" in refused
-    swapped = dataclasses.replace(SPEC, dtype=torch.bfloat16, head_dtype=torch.float32)
-    assert TritonBackend()._dtype_refusal(swapped) is None
+    assert TritonBackend()._dtype_refusal(mixed) is None
+    refused = TritonBackend(tier="fused")._dtype_refusal(mixed)
+    assert "hidden states are torch.float32, the head torch.bfloat16" in refused
+    wide = dataclasses.replace(SPEC, dtype=torch.float64)
+    assert "torch.float64 of hidden states" in TritonBackend()._dtype_refusal(wide)
     seen = []
 
     class Curious(TorchBackend):

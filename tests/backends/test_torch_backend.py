@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from compact_fast import CompactConfig, compact_loss, token_logp
 from compact_fast.backends import head as head_module
 from compact_fast.backends.head import Head
+from compact_fast.backends.reference_backend import ReferenceBackend
 from compact_fast.backends.torch_backend import TorchBackend
 from compact_fast.testing import random_batch
 
@@ -351,7 +352,8 @@ def test_a_rationale_of_nan_leaves_bounds_finite():
     assert all(g.isfinite().all() for g in grads)
 
 
-def test_the_reference_leaves_nothing_out_and_says_so():
+def test_a_backend_that_leaves_nothing_out_says_so():
     batch = random_batch(seed=23)
-    with pytest.raises(ValueError, match=r"skip_below=0\.01: backend 'reference'"):
-        run(batch, CompactConfig(skip_below=0.01), "reference")
+    whole = ReferenceBackend(name="whole", skips_blocks=False)
+    with pytest.raises(ValueError, match=r"skip_below=0\.01: backend 'whole'"):
+        run(batch, CompactConfig(skip_below=0.01), whole)

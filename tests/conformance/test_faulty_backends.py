@@ -229,6 +229,26 @@ class Overconfident(TorchBackend):
         )
 
 
+class Blunt(ReferenceBackend):
+    """Leaves out what is up to four times as large as it may, and says so."""
+
+    def score_and_loss(self, hidden, weight, bias, layout, consensus, attention, config, *rest):
+        config = dataclasses.replace(config, skip_below=4 * config.skip_below)
+        return super().score_and_loss(
+            hidden, weight, bias, layout, consensus, attention, config, *rest
+        )
+
+
+class Rounded(ReferenceBackend):
+    """Rounds hidden states to the head's dtype."""
+
+    def score_and_loss(self, hidden, weight, *rest):
+        low = hidden.to(weight.dtype) if weight.dtype.itemsize < hidden.dtype.itemsize else hidden
+        good = super().score_and_loss(low, weight, *rest)
+        g = good.gradients.hidden
+        return good if g is None else with_hidden(good, g.to(hidden.dtype))
+
+
 class Forgetful(ReferenceBackend):
     """Leaves the log-sum-exp out of token_logp."""
 
@@ -307,8 +327,17 @@ def test_a_faulty_backend_is_told_its_fault(spoil):
         (Rounding(), r"are logits rounded to torch.bfloat16 on the way"),
         (Restless(), "loss: other bits on a second call"),
         (Overconfident(name="overconfident"), "more than the bound 0 that is reported"),
+        (Blunt(), r"entries of at least skip_below=0\.05 are .* none of them may be left out"),
+        (Rounded(), r"token_logp \(torch.float32 states, torch.bfloat16 head\)"),
     ],
-    ids=["no normalisation", "rounded logits", "not repeatable", "false bound"],
+    ids=[
+        "no normalisation",
+        "rounded logits",
+        "not repeatable",
+        "false bound",
+        "blunt",
+        "rounded states",
+    ],
 )
 def test_faults_beyond_the_result(backend, message):
     with pytest.raises(AssertionError, match=message):

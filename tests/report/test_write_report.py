@@ -259,3 +259,15 @@ def test_comparison_by_given_names(tmp_path, quick):
         write_comparison([path, path], tmp_path / "out", names=["one"])
     with pytest.raises(ValueError, match="no runs to compare"):
         write_comparison([], tmp_path / "out")
+
+
+def test_what_was_left_out_of_gradients_is_told(tmp_path, quick):
+    path = make_run(tmp_path / "r", SHORT, 3)
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if "loss" in row:
+            row |= {"kept_share": 0.0625, "gradient_error/hidden": 0.0031}
+    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    text = Page(write_report(path)).text
+    assert "skip_below multiplied 6.2 % of the logit gradients" in text
+    assert "has a norm of 0.0031 at most" in text

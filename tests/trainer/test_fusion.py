@@ -276,3 +276,26 @@ def test_many_large_gradients_are_worth_a_word(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(fusion, "LARGE", 1000)
     (note,) = check_fusion(make_student(), BLEND, 3)
     assert "keeps 4 gradients" in note
+
+
+def test_small_gradients_are_left_out_of_each_rationale() -> None:
+    """The head's gradient is off by no more than the bound, and the share is that of all rows."""
+    model = student(lora=False, tie_word_embeddings=False).double()
+    # one question, so that the packed step takes the same figures; logits some units apart
+    model.lm_head.weight.data *= 20
+    rows = make_rows(3, seed=4)
+    dense, skipping = (CompactConfig(skip_below=eps, consistency="off") for eps in (0.0, 0.02))
+    _, _, plain, whole = both(model, rows, dense)
+    packed, _, fused, found = both(model, rows, skipping)
+    assert plain.kept_share is None
+    assert 0 < fused.kept_share < 1
+    assert fused.kept_share <= packed.kept_share  # its blocks span one rationale, not all
+    for name in ("loss", "nll", "mi", "weights"):
+        assert_same(getattr(plain, name), getattr(fused, name), 1e-9)
+    missing = float((found["lm_head.weight"] - whole["lm_head.weight"]).norm()) / 3.0
+    assert 0 < missing <= float(fused.gradient_error[1])
+    assert 0 < fused.gradient_error[0] < 1
+    everything = both(model, rows, CompactConfig(skip_below=1e-300))
+    assert everything[0].kept_share == everything[2].kept_share == 1
+    for name, gradient in everything[1].items():
+        assert_same(gradient, everything[3][name], 1e-6)

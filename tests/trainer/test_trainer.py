@@ -27,9 +27,9 @@ from compact_fast.trainer import CompactTrainingArguments
 # ---- logs ------------------------------------------------------------------------------------
 
 
-def test_a_log_row_is_the_mean_over_all_its_micro_batches(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, config=BLEND, logging_steps=3, max_steps=3)
-    outputs = []
+def recorded(trainer: Any) -> list[Any]:
+    """(output, layout) of every micro-batch to come."""
+    outputs: list[Any] = []
     inner = trainer.compute_loss
 
     def compute_loss(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Any:
@@ -37,7 +37,13 @@ def test_a_log_row_is_the_mean_over_all_its_micro_batches(tmp_path: Path) -> Non
         outputs.append((out, inputs["layout"]))
         return loss
 
-    trainer.compute_loss = compute_loss  # type: ignore[method-assign]
+    trainer.compute_loss = compute_loss
+    return outputs
+
+
+def test_a_log_row_is_the_mean_over_all_its_micro_batches(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, config=BLEND, logging_steps=3, max_steps=3)
+    outputs = recorded(trainer)
     seen = Seen()
     trainer.add_callback(seen)
     trainer.train()
@@ -254,3 +260,20 @@ def test_the_authors_set_up_is_the_default(tmp_path: Path) -> None:
 def test_a_trained_head_is_seen(tmp_path: Path) -> None:
     assert body_and_head(make_trainer(tmp_path).model).trainable
     assert not body_and_head(make_trainer(tmp_path, make_student(lora=True)).model).trainable
+
+
+@pytest.mark.parametrize("fusion", ["packed", "per_teacher"])
+def test_what_is_left_out_of_gradients_is_logged(tmp_path: Path, fusion: str) -> None:
+    config = CompactConfig(skip_below=0.1)
+    trainer = make_trainer(tmp_path, max_steps=2, config=config, fusion=fusion)
+    outputs = recorded(trainer)
+    trainer.train()
+    row = metrics(tmp_path)[0]
+    assert 0 < row["kept_share"] < 1
+    found = [out for out, _ in outputs]
+    mean = sum(float(out.kept_share) for out in found) / len(found)
+    assert row["kept_share"] == pytest.approx(mean, rel=1e-6)
+    bounds = torch.stack([out.gradient_error for out in found]).double()
+    assert row["gradient_error/hidden"] == pytest.approx(float(bounds[:, 0].mean()), rel=1e-6)
+    assert row["gradient_error/head"] == pytest.approx(float(bounds[:, 1].mean()), rel=1e-6)
+    assert row["gradient_error/head"] > 0

@@ -14,7 +14,7 @@ from compact_fast.triton_kernels.gradient_rows import (
 )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_products(dtype, monkeypatch):
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(50, 33, generator=g).to(dtype), torch.randn(33, 20, generator=g).to(dtype)

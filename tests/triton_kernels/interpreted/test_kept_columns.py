@@ -25,15 +25,25 @@ def problem(dtype, n=75, V=700, D=40, seed=0):
     return exps.to(dtype), total, factor, x.to(dtype), weight.to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kept_products(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "head"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+    ],
+    ids=str,
+)
+def test_kept_products(dtype, head):
     exps, total, factor, x, weight = problem(dtype)
+    weight = weight.to(head)
     eps, block_rows = 0.05, 32  # three blocks of rows, the last one ragged
     scaled = (x.float() * factor[:, None]).to(dtype)
     wide = (exps.double(), total.double(), factor.double(), x.double(), scaled.double())
     threshold = eps * (1 - torch.finfo(dtype).eps)
     want = kept_products_ref(*wide, weight.double(), threshold, block_rows=block_rows)
-    kept_mask, rows, head, missing, bound = want
+    kept_mask, rows, of_head, missing, bound = want
     assert 0.02 < kept_mask.double().mean() < 0.5
     kept = keep_columns(exps, total, factor, x.float().norm(dim=1), eps, block_rows=block_rows)
     for b in range(3):
@@ -52,10 +62,10 @@ def test_kept_products(dtype):
     torch.testing.assert_close(
         kept_to_rows(exps, weight, kept, block_rows=block_rows), rows, **near
     )
-    start = torch.randn(head.shape, generator=torch.Generator().manual_seed(1))
+    start = torch.randn(of_head.shape, generator=torch.Generator().manual_seed(1))
     out = start.clone()
     kept_to_head(exps, scaled, kept, out, block_rows=block_rows)
-    torch.testing.assert_close(out, start.double() + head, **near)
+    torch.testing.assert_close(out, start.double() + of_head, **near)
     assert torch.equal(out[17], start[17])  # left out by every block: not touched
 
 

@@ -145,6 +145,24 @@ def test_row_softmax(dtype, scale):
     torch.testing.assert_close(exps.double(), e, rtol=step + 1e-5, atol=1e-30)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
+def test_float16_rows_neither_overflow_nor_vanish(scale):
+    """Uniform rows of a large vocabulary, whose S is above 65,504, and labels of p = 0 and 1."""
+    V = 70_001
+    x, w, _, y = problem(n=4, V=V, D=8, scale=scale)
+    logits = x @ w.T
+    logits[1] = 0.0
+    y[1:3] = torch.tensor([5, int(logits[2].argmax())])
+    logits[3] = torch.nan
+    exps, out = row_softmax(logits.clone(), y, torch.float16, statistics=False)
+    assert out.total[:3].tolist() == [2.0**14] * 3
+    assert out.total[3].isnan()
+    e, total = row_softmax_ref(logits[:3].double(), y[:3])
+    got = exps[:3].double() / out.total[:3, None]
+    # half a unit in the last place, and below 2^-28 half of the smallest number
+    torch.testing.assert_close(got, e / total[:, None], rtol=2.0**-11 + 2e-5, atol=2.0**-39)
+
+
 def test_addresses_beyond_two_to_the_31():
     """One row every 2^27 elements: 21 rows span 2.7e9 elements, of which few pages are touched."""
     x, w, _, y = problem(n=21, V=70, D=32, dtype=torch.bfloat16)

@@ -1,0 +1,109 @@
+"""What the fused backends share at their end: per-token results, and the loss from its parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from compact_fast.backends.protocol import Gradients, LossResult
+from compact_fast.config import CompactConfig
+
+
+class RowResults(Protocol):
+    """Statistics of some rows, all [n]."""
+
+    @property
+    def logp(self) -> Tensor: ...
+    @property
+    def logsumexp(self) -> Tensor: ...
+    @property
+    def entropy(self) -> Tensor | None: ...
+    @property
+    def correct(self) -> Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """Per-token results of a batch, filled some rows at a time. All [T]."""
+
+    logp: Tensor  # 0 where there is no label
+    logsumexp: Tensor  # NaN where no logits were made
+    entropy: Tensor | None
+    correct: Tensor | None  # bool
+
+    @classmethod
+    def empty(cls, targets: Tensor, dtype: torch.dtype, *, full: bool) -> TokenStatistics:
+        """Nothing yet, beside targets [T]. full: with entropy and correct."""
+        logp = torch.zeros(targets.numel(), dtype=dtype, device=targets.device)
+        return cls(
+            logp=logp,
+            logsumexp=torch.full_like(logp, torch.nan),
+            entropy=torch.zeros_like(logp) if full else None,
+            correct=torch.zeros_like(logp, dtype=torch.bool) if full else None,
+        )
+
+    def record(self, rows: Tensor, found: RowResults) -> None:
+        """Put the results of packed positions `rows` [n] where they belong."""
+        for name in ("logp", "logsumexp", "entropy", "correct"):
+            into, value = getattr(self, name), getattr(found, name)
+            if into is not None and value is not None:
+                into[rows] = value
+
+
+class Shares(Protocol):
+    """Weights of all sequences, [S], and what else comes with them."""
+
+    @property
+    def weights(self) -> Tensor: ...
+    @property
+    def score(self) -> Tensor: ...
+    @property
+    def consensus(self) -> Tensor: ...
+    @property
+    def filtered(self) -> Tensor: ...
+    @property
+    def nonfinite(self) -> Tensor: ...
+    @property
+    def skipped(self) -> Tensor: ...  # [Q]
+
+
+def assemble(
+    config: CompactConfig,
+    *,
+    nll: Tensor,  # [S]
+    mi: Tensor,  # [S]
+    shares: Shares,
+    divergence: Tensor,  # [Q]; sum over pairs of alpha_i alpha_j D_ij
+    normalizer: float | Tensor,
+    gradients: Gradients,
+    stats: TokenStatistics,
+    kept_share: Tensor | None,
+    gradient_error: Tensor | None,  # [3]
+) -> LossResult:
+    """The loss, summed in float64, and all figures of a batch; nothing waits for a device."""
+    alpha = shares.weights
+    sft = torch.where(alpha > 0, alpha * nll, 0.0).double().sum() / normalizer
+    pull = config.consistency_weight * divergence.double().sum() / normalizer
+    return LossResult(
+        loss=(sft + pull).to(nll.dtype),
+        loss_sft=sft.to(nll.dtype),
+        loss_consistency=pull.to(nll.dtype),
+        gradients=gradients,
+        weights=alpha,
+        nll=nll,
+        mi=mi,
+        consensus=shares.consensus,
+        score=shares.score,
+        token_logp=stats.logp,
+        consistency=divergence,
+        filtered=shares.filtered,
+        nonfinite=shares.nonfinite,
+        skipped=shares.skipped,
+        token_entropy=stats.entropy,
+        token_correct=stats.correct,
+        kept_share=kept_share,
+        gradient_error=gradient_error,
+    )
