@@ -134,10 +134,15 @@ def with_neighbour(row: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str
 
 def small_student(vocabulary: int) -> Any:
     """A Llama of 10 million parameters with random weights, and its adapter."""
+    from compact_fast.students import LoraSettings, add_lora
+
+    return add_lora(small_llama(vocabulary), LoraSettings())
+
+
+def small_llama(vocabulary: int) -> Any:
+    """A Llama of 10 million parameters with random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from compact_fast.students import LoraSettings, add_lora
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -149,12 +154,13 @@ def small_student(vocabulary: int) -> Any:
         num_key_value_heads=5,
         tie_word_embeddings=True,
     )
-    return add_lora(LlamaForCausalLM(config), LoraSettings())
+    return LlamaForCausalLM(config)
 
 
 # ---- the variants ----------------------------------------------------------------------------
 
-Step = Callable[[Clock], None]  # one optimizer step
+Step = Callable[[Clock, int | None], None]
+"""One optimizer step, over all questions or so many of the first."""
 
 
 def make_step(variant: str, work: Work, scratch: str) -> Step:
@@ -173,9 +179,10 @@ def trainer_step(trainer: Any) -> Step:
     model, passes = trainer.model, len(loader)
     trainer.current_gradient_accumulation_steps = passes
 
-    def step(clock: Clock) -> None:
+    def step(clock: Clock, questions: int | None = None) -> None:
         with clock.watch(model):
-            batches, items = trainer.get_batch_samples(iter(loader), passes, trainer.args.device)
+            wanted = passes if questions is None else questions
+            batches, items = trainer.get_batch_samples(iter(loader), wanted, trainer.args.device)
             for batch in batches:
                 trainer.training_step(model, batch, items)
             clock.enter("optimizer")
@@ -300,10 +307,10 @@ def published_step(work: Work) -> Step:
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
     thinking = torch.tensor(work.thinking_ids, device=device)
 
-    def step(clock: Clock) -> None:
+    def step(clock: Clock, questions: int | None = None) -> None:
         model.train()
         with clock.watch(model):
-            for row in work.rows:
+            for row in work.rows[:questions]:
                 clock.enter("data")
                 batch = collate([row], thinking_ids=work.thinking_ids, pad_id=0, keep_padding=True)
                 labels = torch.full_like(batch.input_ids, -100)
@@ -331,16 +338,18 @@ def measure_time(
     clocks = {v: Clock() for v in variants}
     with tempfile.TemporaryDirectory() as scratch:
         steps = steps_of(variants, work, scratch)
-        for _ in range(1 + rounds):  # the first round warms up
+        for step in steps.values():  # warm-up
+            step(Clock(), 1)
+        for _ in range(rounds):
             for variant, step in steps.items():
                 with clocks[variant].round():
-                    step(clocks[variant])
+                    step(clocks[variant], None)
     return [row_of(case, variant, work, clocks[variant]) for variant in steps]
 
 
 def row_of(case: str, variant: str, work: Work, clock: Clock) -> dict[str, Any]:
-    """Figures a question: medians over the rounds after the first."""
-    questions, rounds = len(work.rows), clock.rounds[1:]
+    """Figures a question: medians over the rounds."""
+    questions, rounds = len(work.rows), clock.rounds
     wall = [r["wall"] / questions for r in rounds]
     return {
         "case": case,
@@ -379,7 +388,7 @@ def measure_memory(case: str, folder: str, variant: str, questions: int) -> dict
         step = make_step(variant, work, scratch)
         torch.randn(512, 512) @ torch.randn(512, 512)  # the maths library's own buffers
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return {"peak_extra_mb": round(rise_mb(lambda: step(Clock()), device), 1)}
+        return {"peak_extra_mb": round(rise_mb(lambda: step(Clock(), None), device), 1)}
 
 
 # ---- results ---------------------------------------------------------------------------------
@@ -416,8 +425,8 @@ def main() -> None:
     parser.add_argument("--data", default=os.environ.get("COMPACT_FAST_DATA"))
     parser.add_argument("--case", choices=CASES, default="smollm2-k4")
     parser.add_argument("--variants", nargs="+", choices=WORDS, default=list(WORDS))
-    parser.add_argument("--questions", type=int, default=2, help="questions in a step")
-    parser.add_argument("--rounds", type=int, default=3, help="steps that count, after one more")
+    parser.add_argument("--questions", type=int, default=4, help="questions in a step")
+    parser.add_argument("--rounds", type=int, default=3, help="steps that count, after a pass")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--plot", action="store_true", help="draw the kept rows; measures nothing")
     given = parser.parse_args()
