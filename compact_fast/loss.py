@@ -10,6 +10,7 @@ from compact_fast.backends import CompactBackend
 from compact_fast.config import CompactConfig
 from compact_fast.layout import TokenLayout
 from compact_fast.output import CompactOutput
+from compact_fast.sharded_head import refuse_parts, whole
 
 __all__ = ["CompactOutput", "compact_loss", "token_logp"]
 
@@ -32,7 +33,8 @@ def compact_loss(
     """The COMPACT loss of one packed batch, with everything that was measured on the way.
 
     hidden: the student's last hidden states after the final norm, [T, D], any float dtype.
-    lm_head_weight: the unembedding, [V, D].
+    lm_head_weight: the unembedding, [V, D]. A DTensor, as under FSDP, is gathered, so that all
+        processes of its mesh must call; its gradient is a DTensor placed alike, the mean over them.
     layout: where questions, teachers and labels lie; on the CPU, or on the device of `hidden`. One
         that was made on the CPU is read there, also after `layout.to(device)`.
     consensus: graph consensus of each rationale in [0, 1], [S]. None leaves the graph term out.
@@ -51,6 +53,9 @@ def compact_loss(
     Raises ValueError for arguments that contradict each other or the configuration.
     """
     live = torch.is_grad_enabled()
+    refuse_parts("hidden", hidden)
+    lm_head_weight = whole("lm_head_weight", lm_head_weight)
+    head_bias = None if head_bias is None else whole("head_bias", head_bias)
     values = torch.ops.compact_fast.score_and_loss(
         hidden,
         lm_head_weight,
@@ -88,11 +93,15 @@ def token_logp(
 ) -> Tensor:
     """log softmax(W h_t)[targets_t] in nats, [T], 0 at negative targets.
 
-    Never holds [T, V] logits; differentiable. Rows with a negative target are not multiplied.
+    Never holds [T, V] logits; differentiable. Rows with a negative target are not multiplied. A
+    DTensor for a head is treated as by `compact_loss`.
     On a GPU, targets on the CPU are checked and sorted there, and nothing waits for the device;
     those on the device have to be read back.
     Raises ValueError for shapes that do not fit and for targets outside the vocabulary.
     """
+    refuse_parts("hidden", hidden)
+    lm_head_weight = whole("lm_head_weight", lm_head_weight)
+    head_bias = None if head_bias is None else whole("head_bias", head_bias)
     logp: Tensor = torch.ops.compact_fast.token_logp(
         hidden, lm_head_weight, head_bias, targets, False, ops.backend_name(backend)
     )[0]

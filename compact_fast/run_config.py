@@ -198,6 +198,10 @@ class TrainingSettings:
     with the memory of one; gradients of teachers are compared in the logs. auto: packed, unless
     the forecast says that only per_teacher fits the device's memory."""
 
+    sharding: Literal["none", "fsdp"] = "none"
+    """With several processes, none: each holds the whole student. fsdp: each holds a part of its
+    weights, gradients and optimizer state. The losses are the same."""
+
     backend: str = "auto"
     """Backend of the loss: auto, torch, triton, reference, or an installed one by its name."""
 
@@ -235,6 +239,9 @@ class TrainingSettings:
                 f"max_tokens_per_step={budget} and questions_per_step={self.questions_per_step}: "
                 "give one of the two"
             )
+        if self.sharding == "fsdp" and (self.fusion == "per_teacher" or self.compile_body):
+            other = "compile_body=True" if self.compile_body else "fusion='per_teacher'"
+            raise ValueError(f"sharding='fsdp': not together with {other}")
         _require(self, "save_steps", lambda v: v >= 1, "a whole number >= 1")
         _require(self, "eval_steps", lambda v: v is None or v >= 1, "null or a number >= 1")
         _require(self, "save_total_limit", lambda v: v is None or v >= 1, "null or a number >= 1")
@@ -317,6 +324,8 @@ INSTEAD: Mapping[str, str] = {
     "remove_unused_columns": "rows carry exactly what the loss reads",
     "train_sampling_strategy": "questions are drawn in an order fixed by seed",
     "use_liger_kernel": "the loss has kernels of its own; set backend",
+    "fsdp": "use sharding",
+    "fsdp_config": "use sharding",
 }
 
 

@@ -57,8 +57,20 @@ class BodyAndHead:
     """The two halves of a causal language model."""
 
     body: Callable[..., Tensor]  # (input_ids, attention_mask=None) -> last hidden state [S, L, D]
-    weight: Tensor  # [V, D]; the unembedding, tied to the embedding or not
-    bias: Tensor | None  # [V]
+    head: Any
+
+    @property
+    def weight(self) -> Tensor:
+        """The unembedding [V, D], tied to the embedding or not; of a sharded student a DTensor,
+        and after its body has run the whole weight, until the backward pass."""
+        weight: Tensor = self.head.weight
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V], or None."""
+        bias: Tensor | None = getattr(self.head, "bias", None)
+        return bias
 
     @property
     def trainable(self) -> bool:
@@ -331,9 +343,45 @@ def body_and_head(model: Any) -> BodyAndHead:
         )
 
     def run(input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if is_sharded(causal):  # its own hooks gather embeddings, last norm and head
+            return through(causal, input_ids, attention_mask, **kwargs)
         return hidden_states(body, input_ids, attention_mask, **kwargs)
 
-    return BodyAndHead(run, head.weight, getattr(head, "bias", None))
+    return BodyAndHead(run, head)
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether the model's weights are spread over processes, by torch's `fully_shard`."""
+    return _is_unit(causal_model(model))
+
+
+def _is_unit(module: Any) -> bool:
+    # what FSDPModule adds to a module; its import is slow, and mostly for nothing
+    return hasattr(module, "unshard") and hasattr(module, "reshard")
+
+
+def through(
+    outer: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """Last hidden state [S, L, D] by a call of `outer`, the model in or without its wrappers, so
+    that their hooks see one; the head is not called."""
+    causal = causal_model(outer)
+
+    def forward(input_ids: Tensor, attention_mask: Tensor | None = None, **given: Any) -> Tensor:
+        # wrappers add arguments that the body lacks
+        named = {name: given[name] for name in kwargs}
+        return hidden_states(causal.base_model, input_ids, attention_mask, **named)
+
+    before = causal.__dict__.get("forward")
+    causal.forward = forward
+    try:
+        hidden: Tensor = outer(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+    finally:
+        if before is None:
+            del causal.forward
+        else:
+            causal.forward = before
+    return hidden
 
 
 def hidden_states(
@@ -390,7 +438,8 @@ def attention_projections(model: Any) -> AttentionProjections:
     causal = causal_model(model)
     config = causal.config.get_text_config()
     layers = getattr(causal.base_model, "layers", None)
-    attention = getattr(layers[-1], "self_attn", None) if layers is not None else None
+    last = layers[-1] if layers is not None else None
+    attention = getattr(last, "self_attn", None)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -398,10 +447,10 @@ def attention_projections(model: Any) -> AttentionProjections:
     fused = getattr(attention, "qkv_proj", None)
     if q is not None and k is not None:
         widths = (q.out_features, k.out_features)
-        queries, keys = _without_dropout(q), _without_dropout(k)
+        queries, keys = _without_dropout(q, last), _without_dropout(k, last)
     elif fused is not None:
         widths = (heads * dim, kv_heads * dim)
-        both = _without_dropout(fused)
+        both = _without_dropout(fused, last)
         bounds = (widths[0], sum(widths))
 
         def queries(x: Tensor) -> Tensor:
@@ -435,10 +484,16 @@ def inference(module: nn.Module) -> Iterator[None]:
             m.training = True
 
 
-def _without_dropout(module: nn.Module) -> Callable[[Tensor], Tensor]:
+def _without_dropout(module: nn.Module, layer: Any) -> Callable[[Tensor], Tensor]:
+    """A part of `layer`, called by itself; a sharded layer is gathered for the call."""
+
     def run(x: Tensor) -> Tensor:
+        if _is_unit(layer):
+            layer.unshard()
         with inference(module):
             out: Tensor = module(x)
+        if _is_unit(layer):
+            layer.reshard()
         return out
 
     return run

@@ -21,7 +21,10 @@ def run(arguments: Arguments) -> int:
     config = load(path, arguments.overrides)
     config.require("student", "data")
     from compact_fast.pipeline import run_folder
+    from compact_fast.trainer.launcher import launched_sharding
 
+    if launched_sharding():
+        config = config.replace(sharding="fsdp")
     if config.run.compare:
         return _compare(config)
     if run_folder.is_finished(config):

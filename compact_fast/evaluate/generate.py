@@ -144,6 +144,7 @@ def generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 generation_config=settings,
+                synced_gpus=False,  # of a sharded student, `in_step` sees to that
             )
             for i, new in zip(batch, produced[:, length:].tolist(), strict=True):
                 end = next((k for k, token in enumerate(new) if token in stops), None)

@@ -21,7 +21,7 @@ MAY_DIFFER = frozenset(
         *("output_dir", "resume", "overwrite", "compare", "cache_dir", "on_error"),
         *("max_steps", "num_train_epochs", "backend", "consensus_backend", "consensus_threads"),
         *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to"),
-        *("progress",),
+        *("progress", "sharding"),
         *("eval_questions", "run_name", "disable_tqdm", "dataloader_num_workers"),
         *(f.name for f in fields(EvaluationSettings)),
     ]

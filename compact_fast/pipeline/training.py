@@ -33,6 +33,7 @@ from compact_fast.run_config import RunConfig
 from compact_fast.students import causal_model
 from compact_fast.tables import number, percent, table
 from compact_fast.trainer import CompactTrainer, CompactTrainingArguments
+from compact_fast.trainer.sharding import gather, in_step
 
 Hear = Callable[[str], Callable[[int, int], None]]
 
@@ -65,6 +66,7 @@ def training_arguments(
         backend=t.backend,
         share_prompts=t.share_prompts,
         fusion=fusion or ("packed" if t.fusion == "auto" else t.fusion),
+        sharding=t.sharding,
         progress=t.progress,
         per_device_train_batch_size=t.questions_per_step,
         max_tokens_per_step=t.max_tokens_per_step,
@@ -134,6 +136,8 @@ def choose_fusion(inputs: Inputs) -> str:
     config = inputs.config
     if config.training.fusion != "auto":
         return config.training.fusion
+    if config.training.sharding == "fsdp":
+        return "packed"
     earlier = read_json(Path(config.run.output_dir) / "run.json") or {}
     if earlier.get("fusion") in ("packed", "per_teacher") and not config.run.overwrite:
         return str(earlier["fusion"])
@@ -158,32 +162,37 @@ def train(inputs: Inputs, say: Say, hear: Hear, *, resume: str | None) -> Outcom
     measure = Measurement(inputs, hear) if main else None
     if measure:
         say(f"Evaluate   {measure.description}")
-    before = measure.before(folder) if measure else None
+    with in_step(trainer.model):  # a sharded student is read by all processes together
+        before = measure.before(folder) if measure else None
     if before:
         say("Before     " + headline(before))
     set_seed(config.method.seed)  # evaluation must not move the random numbers of training
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=resume)
     seconds = time.monotonic() - started
-    after = None
+    whole = gather(trainer.model)
     if main:
-        save_model(folder / "model", inputs)
-        if measure:
-            after = measure.after(folder)
+        save_model(folder / "model", inputs, whole.weights if whole else None)
+    with in_step(trainer.model):
+        after = measure.after(folder) if measure else None
     return Outcome(folder, trainer.state.global_step, seconds, before, after)
 
 
-def save_model(path: Path, inputs: Inputs) -> None:
-    """The trained student and its tokenizer, whole or not at all."""
+def save_model(path: Path, inputs: Inputs, weights: Mapping[str, Any] | None) -> None:
+    """The trained student and its tokenizer, whole or not at all; `weights`: of a sharded one."""
     with atomic_directory(path) as folder:
-        inputs.student.model.save_pretrained(folder)
+        inputs.student.model.save_pretrained(folder, state_dict=weights)
         inputs.student.tokenizer.save_pretrained(folder)
 
 
 def check_trainable(inputs: Inputs) -> None:
-    """Raise what making the trainer would raise, without touching the output folder."""
+    """Raise what making the trainer would raise, without touching the output folder.
+
+    In one process, as what is sharded over several is looked at in one.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        make_trainer(replace(inputs, config=inputs.config.replace(output_dir=scratch)))
+        config = inputs.config.replace(output_dir=scratch, sharding="none")
+        make_trainer(replace(inputs, config=config))
 
 
 class Measurement:

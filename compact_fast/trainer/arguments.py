@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from compact_fast.config import CompactConfig
+from compact_fast.trainer.launcher import launched_sharding
 
 # Settings of the host that this trainer's loss or data cannot honour, and the value that is off.
 _REFUSED: dict[str, tuple[Any, str]] = {
@@ -17,7 +18,7 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "use_liger_kernel": (False, "the loss has kernels of its own; see backend"),
     "torch_compile": (False, "use compile_body"),
     "fp16": (False, "fp16 is not supported; use bf16, or fp32"),
-    "fsdp": ("", "sharded students are not supported"),
+    "fsdp": ("", "use sharding='fsdp'"),
     "deepspeed": (None, "DeepSpeed is not supported"),
     "dataloader_drop_last": (False, "no question is dropped"),
     "train_sampling_strategy": ("random", "questions are drawn in random order, fixed by seed"),
@@ -53,6 +54,10 @@ class CompactTrainingArguments(TrainingArguments):
     fusion: Literal["packed", "per_teacher"] = "packed"
     """All rationales of a batch in one forward pass, or one rationale at a time: gradients by
     teacher, compared in the logs, and the memory of one rationale."""
+
+    sharding: Literal["none", "fsdp"] = "none"
+    """Every process holds the whole student, or a part of its weights, gradients and optimizer
+    state. The losses are the same."""
 
     max_tokens_per_step: int | None = None
     """Tokens in one forward pass on one device, as many whole questions as fit, in place of
@@ -97,6 +102,9 @@ class CompactTrainingArguments(TrainingArguments):
             raise ValueError(f"compile_body=True: not together with {what}")
         if self.compile_body and self.fusion == "per_teacher":
             raise ValueError("compile_body=True: not together with fusion='per_teacher'")
+        if launched_sharding():
+            self.sharding = "fsdp"
+        self._check_sharding()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True: every column of the rows is used")
         if not self.teachers:
@@ -119,6 +127,24 @@ class CompactTrainingArguments(TrainingArguments):
             self.greater_is_better = False
         self._check_trackers()
         super().__post_init__()  # type: ignore[no-untyped-call]
+
+    def _check_sharding(self) -> None:
+        if self.sharding not in ("none", "fsdp"):
+            raise ValueError(f"sharding={self.sharding!r}: expected none or fsdp")
+        if self.sharding == "none":
+            return
+        if self.fusion == "per_teacher":
+            raise ValueError(
+                "sharding='fsdp': not together with fusion='per_teacher', whose gradients are kept "
+                "whole on every process; use fusion='packed'"
+            )
+        if self.compile_body:
+            raise ValueError("sharding='fsdp': not together with compile_body=True")
+        checkpointing: Any = self.gradient_checkpointing_kwargs or {}
+        if self.gradient_checkpointing and checkpointing.get("use_reentrant"):
+            raise ValueError(
+                "sharding='fsdp' needs gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
 
     def _check_trackers(self) -> None:
         from transformers.integrations import integration_utils

@@ -28,7 +28,9 @@ from ..atomic import (
     remove_leftovers,
     verify_directory,
 )
+from ..students import is_sharded
 from .interrupts import StopSignals, TrainingInterrupted
+from .sharding import WholeState, gather, split_optimizer_state
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -116,12 +118,14 @@ class CheckpointedTrainer(Trainer):
 
     Several processes: all must call `train` and share the file system of `output_dir`. Every one
     writes its part into one temporary folder; the main process renames it when all are done.
-    Every process then continues or raises together.
+    Every process then continues or raises together. A sharded model's state is gathered first,
+    so that the files are those of any other run, and one run can go on in the manner of another.
     """
 
     _staging: Path | None = None
     _signals: StopSignals | None = None
     _last_written: int | None = None  # step of the checkpoint written last by this process
+    _whole: WholeState | None = None  # of a sharded model, while a checkpoint is written
 
     def train(
         self,
@@ -235,7 +239,10 @@ class CheckpointedTrainer(Trainer):
 
     def _write_whole(self, final: Path, record: dict[str, Any], model: Any, trial: Any) -> None:
         best = self.state.best_global_step
+        # All processes must meet for it: before one of them can fail.
+        self._whole = gather(self.model, None if self.args.save_only_model else self.optimizer)
         with contextlib.ExitStack() as stack:
+            stack.callback(setattr, self, "_whole", None)
             self._staging = self._on_main(
                 lambda: stack.enter_context(atomic_directory(final, record=record))
             )
@@ -267,6 +274,26 @@ class CheckpointedTrainer(Trainer):
             f"{error.strerror}, training stopped at step {self.state.global_step} ({remains})",
             str(final),
         )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As the host's; that of a sharded model reads and writes whole tensors."""
+        fresh = self.optimizer is None
+        optimizer: Any = super().create_optimizer(*args, **kwargs)
+        if fresh and is_sharded(self.model):
+            optimizer.register_load_state_dict_pre_hook(split_optimizer_state)
+            optimizer.register_state_dict_post_hook(
+                lambda _, state: state if self._whole is None else self._whole.optimizer
+            )
+        return optimizer
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        if state_dict is None and is_sharded(self.model):
+            whole = self._whole or gather(self.model)  # all processes come here
+            assert whole is not None
+            state_dict = whole.weights
+        super()._save(output_dir, state_dict)
 
     def _get_output_dir(self, trial: Any) -> str:
         if self._staging is not None:
@@ -305,10 +332,13 @@ class CheckpointedTrainer(Trainer):
         # The host only warns, and would train on from whatever the student holds instead. A tied
         # weight is stored once and so "missing" under its other name.
         assert self.model is not None
-        weights = self.model.state_dict()
+        named = {
+            **dict(self.model.named_parameters(remove_duplicate=False)),
+            **dict(self.model.named_buffers(remove_duplicate=False)),
+        }
         missing = set(load_result.missing_keys)
-        loaded = {value.data_ptr() for name, value in weights.items() if name not in missing}
-        missing = {name for name in missing if weights[name].data_ptr() not in loaded}
+        loaded = {id(value) for name, value in named.items() if name not in missing}
+        missing = {name for name in missing if id(named.get(name)) not in loaded}
         strange = [*sorted(missing), *load_result.unexpected_keys]
         if strange:
             raise ValueError(

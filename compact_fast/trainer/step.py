@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from compact_fast.students import (
     attention_projections,
     body_and_head,
     causal_model,
-    hidden_states,
     inference,
+    through,
     unwrap,
 )
 from compact_fast.trainer.batching import IDLE
@@ -171,34 +172,7 @@ def wrapped_body(model: nn.Module) -> Body:
     if unwrap(model) is model:
         return direct_body(model)
 
-    def run(input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
-        with _returning_hidden_states(causal_model(model), kwargs):
-            hidden: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        return hidden
-
-    return run
-
-
-@contextmanager
-def _returning_hidden_states(causal: Any, names: Collection[str]) -> Iterator[None]:
-    """Inside, the innermost model's forward stops before the head.
-
-    `names` are those of further arguments to hand on; wrappers add some that the body lacks.
-    """
-
-    def forward(input_ids: Tensor, attention_mask: Tensor | None = None, **given: Any) -> Tensor:
-        kwargs = {name: given[name] for name in names}
-        return hidden_states(causal.base_model, input_ids, attention_mask, **kwargs)
-
-    before = causal.__dict__.get("forward")
-    causal.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del causal.forward
-        else:
-            causal.forward = before
+    return partial(through, model)
 
 
 def packed_hidden(body: Body, inputs: Mapping[str, Any]) -> Tensor:

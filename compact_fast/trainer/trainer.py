@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from compact_fast.backends import choose
 from compact_fast.evaluate.rationales import rationale_nll
 from compact_fast.inputs import mi_is_used
 from compact_fast.lean_layers import make_lean
+from compact_fast.sharded_head import is_dtensor
 from compact_fast.students import (
     attention_projections,
     causal_model,
     check_head,
+    is_sharded,
     prepare_checkpointing,
 )
 from compact_fast.trainer.arguments import CompactTrainingArguments
@@ -37,6 +40,7 @@ from compact_fast.trainer.callbacks import ProgressDisplay, RunFiles
 from compact_fast.trainer.checkpoints import CheckpointedTrainer
 from compact_fast.trainer.fusion import check_fusion, per_teacher_step
 from compact_fast.trainer.guard import NonFiniteGuard
+from compact_fast.trainer.sharding import in_step, shard
 from compact_fast.trainer.step import Collator, compact_step, run_spec, to_device, wrapped_body
 from compact_fast.trainer.window import LogWindow
 
@@ -109,6 +113,12 @@ class CompactTrainer(CheckpointedTrainer):
                 "compile_body=True: needs prompts shared through a mask, but "
                 f"{self._packing.reason or 'this student keeps sliding windows'}"
             )
+        if args.sharding == "fsdp":
+            if optimizers[0] is not None:
+                raise ValueError(
+                    "optimizers: made before the student was sharded; name one by optim instead"
+                )
+            self.notes += shard(model, args.device)
         super().__init__(
             model=model,
             args=args,
@@ -119,6 +129,9 @@ class CompactTrainer(CheckpointedTrainer):
             callbacks=list(callbacks),
             optimizers=optimizers,
         )
+        if is_sharded(model):  # it lies where it belongs, and is no replica to be wrapped
+            prepare = partial(self.accelerator.prepare_model, evaluation_mode=True)
+            self.accelerator.prepare_model = prepare
         self._lengths = question_lengths(train_dataset)
         self.reading = self._describe_reading()
         logger.info("%s", self.reading["text"])
@@ -277,6 +290,8 @@ class CompactTrainer(CheckpointedTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        if is_dtensor(grad_norm):
+            grad_norm = grad_norm.full_tensor()
         self._guard.check(self.state.global_step + 1, grad_norm, self._total)
         return grad_norm
 
@@ -296,21 +311,22 @@ class CompactTrainer(CheckpointedTrainer):
         rank, world = self.args.process_index, self.args.world_size
         mine = [rows[i] for i in range(rank, len(rows), world)]
         sums = torch.zeros((len(self.args.teachers), 2), dtype=torch.float64)
-        if mine:
-            # Not compiled: its shapes are those of the questions.
-            eager = torch.compiler.set_stance("force_eager")
-            with self.accelerator.autocast(), eager:
+        # Not compiled: its shapes are those of the questions.
+        eager = torch.compiler.set_stance("force_eager")
+        with in_step(self.model), self.accelerator.autocast(), eager:
+            found = {}
+            if mine:
                 found = rationale_nll(
                     self.model,
                     mine,
                     self.args.teachers,
                     batch_tokens=self.args.eval_batch_tokens,
                     backend=self.choice.backend,
-                )
-            for k, name in enumerate(self.args.teachers):
-                if name in found.teachers:
-                    one = found.teachers[name]
-                    sums[k] = torch.tensor([one.nll * one.rationales, one.rationales])
+                ).teachers
+        for k, name in enumerate(self.args.teachers):
+            if name in found:
+                one = found[name]
+                sums[k] = torch.tensor([one.nll * one.rationales, one.rationales])
         total, count = self._total(sums.to(self.args.device)).T.tolist()
         metrics = {f"{metric_key_prefix}_nll": sum(total) / max(sum(count), 1)}
         for name, value, n in zip(self.args.teachers, total, count, strict=True):

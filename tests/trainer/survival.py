@@ -1,7 +1,8 @@
 """Runs that are killed, in processes forked from one that has already imported torch.
 
-    python survival.py kills ROOT COUNT     prints a JSON summary of COUNT SIGKILLs
-    python survival.py ranks ROOT           prints what two gloo processes saw
+    python survival.py kills ROOT COUNT [TOKENS]   prints a JSON summary of COUNT SIGKILLs,
+                                                   of runs with TOKENS a step where given
+    python survival.py ranks ROOT                  prints what two gloo processes saw
 
 It is a program of its own because a fork of a test process would inherit its threads' locks.
 """
@@ -80,7 +81,7 @@ def wait(pid: int) -> int:
 
 def fingerprint(run_dir: Path) -> dict[str, Any]:
     """Everything that two equal runs agree on: files bit by bit, rows without the clock."""
-    last = run_dir / f"checkpoint-{STEPS}"
+    last = run_dir / f"checkpoint-{max(list_checkpoints(run_dir))}"
     verify_checkpoint(last)
     verify_directory(run_dir / "model")
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -112,12 +113,12 @@ def slow_flushes() -> None:
     atomic._fsync = slow
 
 
-def kills(root: Path, count: int) -> dict[str, Any]:
+def kills(root: Path, count: int, budget: int | None = None) -> dict[str, Any]:
     slow_flushes()
     errors = root / "errors"
 
     def start(run_dir: Path) -> int:
-        return fork(lambda: train(run_dir), errors)
+        return fork(lambda: train(run_dir, max_tokens_per_step=budget), errors)
 
     began = time.monotonic()
     assert wait(start(root / "whole")) == 0, errors.read_text()
@@ -163,6 +164,7 @@ def kills(root: Path, count: int) -> dict[str, Any]:
         shutil.rmtree(run_dir)
     return {
         "kills": count,
+        "steps": max(list_checkpoints(root / "whole")),
         "where": dict(where),
         "wrong": wrong,
         "too_late": too_late,
@@ -262,7 +264,7 @@ def main() -> None:
     # A bar's lock is shared with the processes forked later: one killed in it stops them all.
     disable_progress_bar()
     if sys.argv[1] == "kills":
-        summary = kills(root, int(sys.argv[3]))
+        summary = kills(root, *map(int, sys.argv[3:]))
     else:
         summary = ranks(root)
     print(json.dumps(summary))

@@ -41,6 +41,15 @@ def test_twenty_kills_end_with_the_bits_of_the_uninterrupted_run(tmp_path: Path)
     assert summary["where"]["inside a save"] >= 3
 
 
+def test_kills_of_a_run_with_a_budget_of_tokens(tmp_path: Path) -> None:
+    """Passes of 3 questions or fewer, three steps an epoch: kills within and between epochs."""
+    summary = survive("kills", tmp_path, 8, 60)
+    print(summary)
+    assert summary["wrong"] == []
+    assert summary["kills"] == 8
+    assert summary["steps"] not in (12, 0)  # not those of so many questions a pass
+
+
 def test_two_processes_save_stop_and_fail_together(tmp_path: Path) -> None:
     seen = survive("ranks", tmp_path)
     first, second = seen["whole"]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
-import socket
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from process_group import in_processes
 from toy import make_rows, make_student, make_trainer
 from transformers import TrainerCallback
 
@@ -64,55 +62,13 @@ def _train(
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
 
 
-def _child(rank: int, world: int, port: int, folder: Path, settings: dict[str, Any]) -> None:
-    from accelerate.state import AcceleratorState
-
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        outcome: Any = _train(folder, **settings)
-    except Exception as error:
-        traceback.print_exc()
-        outcome = f"{type(error).__name__}: {error}"
-    torch.save(outcome, folder.with_name(f"{folder.name}-rank{rank}.pt"))
-    os._exit(0)  # forked: nothing of the parent's is ours to clean up
-
-
 def processes(folder: Path, world: int, **settings: Any) -> list[Any]:
     """What each of `world` processes came to: weights, or an error as text."""
-    torch.set_num_threads(1)  # a fork has no use for threads it does not inherit
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    children = [
-        fork.Process(target=_child, args=(rank, world, port, folder, settings))
-        for rank in range(world)
-    ]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(60)
-        if child.is_alive():
-            for each in children:
-                each.kill()
-            pytest.fail("a process hangs")
-    paths = [folder.with_name(f"{folder.name}-rank{rank}.pt") for rank in range(world)]
-    return [torch.load(path) if path.exists() else None for path in paths]
-
-
-def two_processes(folder: Path, *, questions: int, **settings: Any) -> list[Any]:
-    return processes(folder, 2, per_device_train_batch_size=questions, **settings)
+    return in_processes(folder, world, lambda rank: _train(folder, **settings))
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    timed = ("time", "per_second")
+    timed = ("time", "per_second", "wait")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [
         {k: v for k, v in json.loads(line).items() if not any(word in k for word in timed)}

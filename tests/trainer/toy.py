@@ -130,7 +130,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def untimed(row: dict[str, Any]) -> dict[str, Any]:
-    timed = ("time", "runtime", "per_second")
+    timed = ("time", "runtime", "per_second", "wait")
     return {k: v for k, v in row.items() if not any(word in k for word in timed)}
 
 

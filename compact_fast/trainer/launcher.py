@@ -1,0 +1,34 @@
+"""What `accelerate launch` asks for through the environment, as far as it concerns sharding."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping
+
+_ASKED = "ACCELERATE_USE_FSDP"
+# The launcher's settings that this trainer answers to: what it does, and what to do instead.
+_DONE = {
+    "FSDP_VERSION": ("2", "set fsdp_version: 2"),
+    "FSDP_OFFLOAD_PARAMS": ("false", "weights stay on the device"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false", "every process reads the student's files"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false", "set gradient_checkpointing in the run"),
+    "FSDP_RESHARD_AFTER_FORWARD": ("true", "layers are released after their forward pass"),
+    "FSDP_AUTO_WRAP_POLICY": ("transformer_based_wrap", "a unit is a decoder layer"),
+    "FSDP_STATE_DICT_TYPE": ("full_state_dict", "checkpoints hold whole tensors"),
+}
+
+
+def launched_sharding(environment: MutableMapping[str, str] | None = None) -> bool:
+    """Whether the launcher was told to shard (`distributed_type: FSDP`). Asked once: accelerate is
+    then told nothing of it, as this trainer shards in its own way.
+
+    Raises ValueError for a setting of the launcher's that would not be followed.
+    """
+    found = os.environ if environment is None else environment
+    if found.get(_ASKED, "false").lower() not in ("true", "1"):
+        return False
+    for name, (value, remedy) in _DONE.items():
+        if found.get(name, value).lower() != value:
+            raise ValueError(f"{name}={found[name]} (from accelerate): expected {value}; {remedy}")
+    found[_ASKED] = "false"
+    return True
