@@ -19,6 +19,9 @@ from compact_fast.backends.online import OnlineRows, Softmax
 
 ROUNDING = 1 - 1e-4  # of the limit: the target's logit is made twice, in two orders of summation
 ROWS = 16  # finished rows whose columns are chosen together
+BLOCK_ROWS = 256  # other rows whose columns are: fewer keep less, and gather the head more often
+LEAST_SHARE = 1 / 4  # that is reckoned with
+CACHE_BYTES = 1 << 20  # scaled at a time on the way to a column's largest entry
 
 
 @dataclass
@@ -44,6 +47,12 @@ class Left:
             weight=None if grads.weight is None else zeros,
             bias=None if grads.bias is None else zeros.clone(),
         )
+
+    def rows_together(self, max_rows: int) -> int:
+        """So many rows that what is kept of them takes no more memory than max_rows whole ones;
+        by what was kept so far, for the next rows are likely to be alike."""
+        share = self.kept / self.total if self.total else 1.0
+        return int(max_rows / max(share, LEAST_SHARE))
 
     def report(self) -> tuple[Tensor, Tensor]:
         """(share that was multiplied, bounds [3] for hidden, weight, bias)."""
@@ -84,7 +93,7 @@ class SparseRows:
     x: Tensor  # [n, D]
     targets: Tensor  # [n]
     member: Tensor  # [n, S]; 1 / |A| in the column of the row's sequence
-    parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    blocks: list[_Block] = field(init=False)
 
     def __post_init__(self) -> None:
         own = self.head.weight[self.targets].to(self.head.dtype)
@@ -92,10 +101,13 @@ class SparseRows:
         if self.head.bias is not None:
             self._at_target += self.head.bias[self.targets]
         self._missing = torch.zeros_like(self._at_target)  # [n]; sum of softmax x norm, at most
-        sums = self._missing.new_zeros(self.head.vocab, self.member.shape[1])
-        self._weight = sums if self.left.weight is not None else None  # [V, S]
+        sums = self._missing.new_zeros(self.member.shape[1], self.head.vocab)
+        self._weight = sums if self.left.weight is not None else None  # [S, V]
         self._bias = sums.clone() if self.left.bias is not None else None
         self._sizes = self.x.norm(dim=1, keepdim=True)
+        self._scratch = sums.new_empty(0)
+        bounds = range(0, self.at.numel(), BLOCK_ROWS)
+        self.blocks = [_Block(slice(first, first + BLOCK_ROWS)) for first in bounds]
 
     def take(self, exps: Tensor, a: int, online: OnlineRows) -> None:
         """Choose from exp(z - peak) [n, w] of the vocabulary from a on; may set NaN rows to 0."""
@@ -107,36 +119,77 @@ class SparseRows:
         if bool(broken.any()):
             exps[broken] = 0.0
             most = torch.where(broken, 0.0, most)
-        keep = (exps >= (self.left.limit * ROUNDING * least)[:, None]).any(0)
-        columns = keep.nonzero().squeeze(1)
-        self.parts.append((columns + a, exps[:, columns], peak))
-        small = (~keep).to(exps.dtype)
-        self._missing += (exps @ (small * self.left.norms[a : a + w])) * most
-        member = self.member * most[:, None]
-        if self._weight is not None:
-            self._weight[a : a + w] = (exps.T @ (member * self._sizes)) * small[:, None]
-        if self._bias is not None:
-            self._bias[a : a + w] = (exps.T @ member) * small[:, None]
+        norms = self.left.norms[a : a + w]
+        for block in self.blocks:
+            rows, part = block.rows, exps[block.rows]
+            columns = self._large(part, most[rows])
+            block.columns.append(columns + a)
+            block.exps.append(part[:, columns])
+            block.peaks.append(peak[rows])
+            self._missing[rows] += (part @ norms.index_fill(0, columns, 0.0)) * most[rows]
+            member = self.member[rows] * most[rows, None]
+            for sums, weight in ((self._weight, self._sizes[rows]), (self._bias, None)):
+                if sums is not None:
+                    into = sums[:, a : a + w]
+                    kept = into[:, columns]  # as they were
+                    there = self.member[rows].any(0).nonzero().squeeze(1)
+                    scaled = member if weight is None else member * weight
+                    into.index_add_(0, there, scaled[:, there].T @ part)
+                    into[:, columns] = kept
+
+    def _large(self, part: Tensor, most: Tensor) -> Tensor:
+        """Columns [k] of part [m, w] in which any entry times most [m] reaches the limit."""
+        w = part.shape[1]
+        step = max(1, CACHE_BYTES // (w * part.itemsize))
+        if self._scratch.numel() < step * w:
+            self._scratch = part.new_empty(step * w)
+        scratch, top = self._scratch[: step * w].view(step, w), part.new_zeros(w)
+        for i in range(0, part.shape[0], step):
+            some = part[i : i + step]
+            scaled = torch.mul(some, most[i : i + step, None], out=scratch[: some.shape[0]])
+            torch.maximum(top, scaled.amax(0), out=top)
+        return (top >= self.left.limit * ROUNDING).nonzero().squeeze(1)
 
     def add_to(self, grads: GradientSums, soft: Softmax, scale: Tensor, alpha: Tensor) -> None:
         """Add the gradients of the rows whose scale [n] is not 0; alpha [S] of their sequences."""
-        live = scale > 0
-        columns = torch.cat([part[0] for part in self.parts])
-        factor = soft.factor * scale
-        g = torch.cat(
-            [exps * (factor * (peak - soft.peak).exp())[:, None] for _, exps, peak in self.parts], 1
-        )[live]
-        at, x, left = self.at[live], self.x[live], self.left
-        grads.add_columns(self.head, at, x, g, columns)
-        amount = (factor * soft.rest)[live]
-        grads.subtract_targets(self.head, at, x, self.targets[live], amount)
-        kept = torch.zeros(self.head.vocab, dtype=torch.bool, device=columns.device)
-        kept[columns] = True
-        # the target's own entry is always multiplied, in a kept column or by itself
-        left.kept += g.numel() + int((~kept[self.targets[live]]).sum())
+        factor, live, left = soft.factor * scale, scale > 0, self.left
+        for block in self.blocks:
+            self._add_block(grads, block, factor[block.rows], soft.peak[block.rows], live)
+        at, x, targets = self.at[live], self.x[live], self.targets[live]
+        grads.subtract_targets(self.head, at, x, targets, (factor * soft.rest)[live])
         left.total += at.numel() * self.head.vocab
         left.hidden += float((self._missing * scale)[live].double().square().sum())
         if left.weight is not None and self._weight is not None:
-            left.weight += self._weight @ alpha
+            left.weight += alpha @ self._weight
         if left.bias is not None and self._bias is not None:
-            left.bias += self._bias @ alpha
+            left.bias += alpha @ self._bias
+
+    def _add_block(
+        self,
+        grads: GradientSums,
+        block: _Block,
+        factor: Tensor,  # [m]
+        last: Tensor,  # [m]; the rows' last peaks
+        live: Tensor,  # [n] bool
+    ) -> None:
+        rows, live = block.rows, live[block.rows]
+        columns = torch.cat(block.columns)
+        parts = zip(block.exps, block.peaks, strict=True)
+        g = torch.cat([exps * (factor * (peak - last).exp())[:, None] for exps, peak in parts], 1)[
+            live
+        ]
+        grads.add_columns(self.head, self.at[rows][live], self.x[rows][live], g, columns)
+        kept = torch.zeros(self.head.vocab, dtype=torch.bool, device=columns.device)
+        kept[columns] = True
+        # the target's own entry is always multiplied, in a kept column or by itself
+        self.left.kept += g.numel() + int((~kept[self.targets[rows][live]]).sum())
+
+
+@dataclass
+class _Block:
+    """Rows that share kept columns, and what was kept of each part of the vocabulary."""
+
+    rows: slice
+    columns: list[Tensor] = field(default_factory=list)  # [k] each
+    exps: list[Tensor] = field(default_factory=list)  # [m, k] each: exp(z - peak)
+    peaks: list[Tensor] = field(default_factory=list)  # [m] each
