@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_processes import two_processes
+from test_processes import processes
 from toy import TEACHERS, THINKING, make_rows, make_student, make_trainer
 from transformers import TrainerCallback
 
@@ -252,9 +252,10 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="is about CPUs")
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    first, second = two_processes(tmp_path / "two", lora=True, questions=2, fusion="per_teacher")
+    settings = {"lora": True, "per_device_train_batch_size": 2}
+    first, second = processes(tmp_path / "two", 2, fusion="per_teacher", **settings)
     assert isinstance(first, dict), first
-    alone, _ = two_processes(tmp_path / "packed", lora=True, questions=2)
+    alone, _ = processes(tmp_path / "packed", 2, **settings)
     for name in alone:
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], alone[name], rtol=1e-4, atol=1e-6)
