@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from compact_fast.config import CompactConfig
-from compact_fast.trainer.launcher import launched_sharding
+from compact_fast.trainer.launcher import launched_bf16, launched_sharding
 
 # Settings of the host that this trainer's loss or data cannot honour, and the value that is off.
 _REFUSED: dict[str, tuple[Any, str]] = {
@@ -115,6 +115,7 @@ class CompactTrainingArguments(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # a language model's loss uses all of them
         gpu = torch.cuda.is_available() and not self.use_cpu
+        self.bf16 = launched_bf16(self.bf16)
         if self.bf16 is None:
             self.bf16 = gpu and torch.cuda.is_bf16_supported()
         if not gpu:

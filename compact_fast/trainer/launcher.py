@@ -1,4 +1,4 @@
-"""What `accelerate launch` asks for through the environment, as far as it concerns sharding."""
+"""What `accelerate launch` asks for through the environment: sharding and precision."""
 
 from __future__ import annotations
 
@@ -31,4 +31,24 @@ def launched_sharding(environment: MutableMapping[str, str] | None = None) -> bo
         if found.get(name, value).lower() != value:
             raise ValueError(f"{name}={found[name]} (from accelerate): expected {value}; {remedy}")
     found[_ASKED] = "false"
+    return True
+
+
+def launched_bf16(
+    bf16: bool | None, environment: MutableMapping[str, str] | None = None
+) -> bool | None:
+    """The run's `bf16`, or where that is open (None) what the launcher was told, if anything.
+
+    Raises ValueError where the two contradict each other, and for fp16 and fp8.
+    """
+    found = os.environ if environment is None else environment
+    asked = found.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if asked == "no":
+        return bf16
+    if asked != "bf16":
+        raise ValueError(
+            f"mixed_precision={asked} (from accelerate): not supported; use bf16 or no"
+        )
+    if bf16 is False:
+        raise ValueError("mixed_precision=bf16 (from accelerate), but bf16=False: give one of them")
     return True

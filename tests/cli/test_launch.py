@@ -52,7 +52,7 @@ def test_accelerate_launches_a_sharded_run(tiny_student, rationales, tmp_path) -
     assert record["status"] == "finished", said
     assert record["config"]["sharding"] == "fsdp"
     measured = json.loads((run / "evaluation.json").read_text())
-    before, after = (measured[when]["rationale_nll"]["overall"] for when in ("before", "after"))
+    before, after = (measured[when]["rationale_nll"] for when in ("before", "after"))
     assert before["nll"] != after["nll"]
     trained, start = (load_student(str(path)).model for path in (run / "model", tiny_student))
     assert type(trained) is type(start)

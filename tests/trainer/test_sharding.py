@@ -20,9 +20,10 @@ from transformers import TrainerCallback
 from compact_fast.config import CompactConfig
 from compact_fast.evaluate.generate import generate
 from compact_fast.evaluate.rationales import rationale_nll
+from compact_fast.students import LoraSettings, add_lora
 from compact_fast.trainer import NonFiniteError, TrainingInterrupted
 from compact_fast.trainer.checkpoints import verify_checkpoint
-from compact_fast.trainer.launcher import launched_sharding
+from compact_fast.trainer.launcher import launched_bf16, launched_sharding
 from compact_fast.trainer.sharding import gather, in_step
 
 pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="is about CPUs")
@@ -390,3 +391,37 @@ def test_accelerates_launcher_may_ask_for_it() -> None:
         launched_sharding({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"})
     with pytest.raises(ValueError, match="FSDP_OFFLOAD_PARAMS=true"):
         launched_sharding({"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"})
+
+
+def test_accelerates_launcher_may_name_the_precision() -> None:
+    assert launched_bf16(None, {}) is None
+    assert launched_bf16(False, {"ACCELERATE_MIXED_PRECISION": "no"}) is False
+    assert launched_bf16(None, {"ACCELERATE_MIXED_PRECISION": "bf16"}) is True
+    with pytest.raises(ValueError, match=r"but bf16=False: give one"):
+        launched_bf16(False, {"ACCELERATE_MIXED_PRECISION": "bf16"})
+    with pytest.raises(ValueError, match=r"mixed_precision=fp16 .*: not supported"):
+        launched_bf16(None, {"ACCELERATE_MIXED_PRECISION": "fp16"})
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_adapters_in_float32_on_a_base_of_another_dtype(
+    tmp_path: Path, weights: torch.dtype
+) -> None:
+    """Under bf16 autocast; processes round alike, but for sums over other questions."""
+
+    def model() -> Any:
+        return add_lora(make_student().to(weights), LoraSettings(r=4, dropout=0.0))
+
+    settings = {"bf16": True, "use_cpu": True, "num_train_epochs": 1}
+    train(tmp_path / "one", model(), **settings, **ONE)
+
+    def work(rank: int) -> Any:
+        kinds = {p.dtype for p in model().parameters()}
+        return train(tmp_path / "two", model(), **settings, **EACH, sharding="fsdp"), len(kinds)
+
+    (first, kinds), _ = in_processes(tmp_path / "two", 2, work)
+    assert isinstance(first, dict), first
+    assert kinds == (1 if weights == torch.float32 else 2)
+    rows = [metrics(tmp_path / name) for name in ("one", "two")]
+    losses = [[row["loss"] for row in found if "loss" in row] for found in rows]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
