@@ -63,7 +63,7 @@ class _ConsensusLine(ProgressLine):
         passed = max(time.monotonic() - self.start, 1e-9)
         left = f", {duration(passed / read * (1 - share))} left" if read > 0 else ""
         speed = f"{questions / passed:,.0f} a second"
-        self.show(f"consensus: {done:,} questions ({share:.0%} of the file), {speed}{left}")
+        self.show(f"consensus: {done:,} questions ({percent(share)} of the file), {speed}{left}")
 
 
 def _value(arguments: Arguments, option: str, key: str) -> Any:
