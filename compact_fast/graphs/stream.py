@@ -156,20 +156,24 @@ def score_questions(
     backend: Backend = "auto",
     threads: int | None = None,
 ) -> pa.Table:
-    """Some questions' consensus as a table of SCHEMA."""
+    """Some questions' consensus as a table of SCHEMA. Where a question gives no final answers, they
+    are found in its texts."""
+    choices: dict[str, Any] = {
+        "options": options, "mode": mode, "centrality": centrality, "backend": backend,
+        "threads": threads,
+    }  # fmt: skip
+    without = np.array([q.answers is None for q in chunk], dtype=bool)
+    if without.any() and not without.all():
+        order = np.argsort(without, kind="stable")
+        kinds = ([q for q in chunk if (q.answers is None) is found] for found in (False, True))
+        tables = pa.concat_tables([score_questions(kind, **choices) for kind in kinds])
+        return tables.take(np.argsort(order))
     sizes = [len(q.texts) for q in chunk]
     cu = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     texts = [text for q in chunk for text in q.texts]
-    given = [q.answers for q in chunk if q.answers is not None]
-    if given and len(given) != len(chunk):
-        q = next(q for q in chunk if q.answers is None)
-        raise ValueError(f"question {q.id}: has no final answers, while others in the file have")
-    answers = [a for answers in given for a in answers] if given else None
+    answers = None if without.any() else [a for q in chunk for a in q.answers or ()]
     try:
-        found = consensus(
-            texts, cu, final_answers=answers, options=options, mode=mode, centrality=centrality,
-            backend=backend, threads=threads,
-        )  # fmt: skip
+        found = consensus(texts, cu, final_answers=answers, **choices)
     except ValueError as error:  # "question 7, teacher 1: text 30: ..." counts inside this chunk
         known, comma, rest = str(error).partition(", teacher ")
         if not comma or not known.startswith("question "):
