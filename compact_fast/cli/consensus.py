@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,9 @@ def run(arguments: Arguments) -> int:
         say(f"going on with an earlier run of {target}")
     started = time.monotonic()
     progress = _ConsensusLine()
-    report = score_file(source, target, backend=backend, threads=threads, on_progress=progress)
+    report = score_file(
+        source, target, convert=_texts, backend=backend, threads=threads, on_progress=progress
+    )
     progress.close()
     say(indent(teachers_text(report)) + "\n")
     say(_flags(report))
@@ -47,6 +50,33 @@ def run(arguments: Arguments) -> int:
     done = f"{report.questions:,} questions{earlier}, {duration(spent)}, {speed}"
     say(f"Wrote {target}: {done}")
     return 0
+
+
+def _texts(row: Mapping[str, Any], place: str) -> QuestionTexts:
+    """A row of any shape that `train` reads, if it holds a whole question."""
+    from compact_fast.graphs.stream import QuestionTexts, question_texts
+
+    if not {"completion", "completions"} & set(row):
+        return question_texts(row, place)
+    from compact_fast.data.shapes import parse_row
+
+    parsed = parse_row(row, place, need_rationales=True)
+    if parsed.problems:
+        name, what = parsed.problems[0]
+        raise ValueError(f"{place}:{name}: {what}")
+    question = parsed.question
+    if question is None or parsed.partial:
+        raise ValueError(
+            f"{place}:completion: one teacher's alone; a file that is streamed needs a question's "
+            "rationales in one row: teachers and completions, or rationales"
+        )
+    return QuestionTexts(
+        question.id or place,
+        [r.teacher for r in question.rationales],
+        [r.text for r in question.rationales],
+        None,
+        question.answer or None,
+    )
 
 
 class _ConsensusLine(ProgressLine):
@@ -121,11 +151,11 @@ def _explain(source: Path, name: str, backend: Any, output: str | None) -> None:
 
 def _question(source: Path, name: str) -> QuestionTexts:
     from compact_fast.flat_yaml import near
-    from compact_fast.graphs.stream import RowReader, question_texts
+    from compact_fast.graphs.stream import RowReader
 
     names = []
     for place, row in RowReader(source).rows():
-        question = question_texts(row, place)
+        question = _texts(row, place)
         if question.id == name:
             return question
         names.append(question.id)
@@ -136,9 +166,9 @@ VERB = Verb(
     name="consensus",
     summary="Score how far the teachers of each question agree; needs no student.",
     details=(
-        "DATA is a .jsonl or .parquet file of any size. A run that was cut off goes on where it "
-        "was when the same command is given again. One row a question: id, teachers, scores, "
-        "agreement, groups, right, no_evidence, undecidable."
+        "DATA is a .jsonl or .parquet file of any size, a question a row. A run that was cut off "
+        "goes on where it was when the same command is given again. One row a question comes out: "
+        "id, teachers, scores, agreement, groups, right, no_evidence, undecidable."
     ),
     run=run,
     names=("DATA",),
