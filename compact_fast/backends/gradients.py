@@ -57,7 +57,7 @@ class GradientSums:
         """Rows `at` [n], with hidden x [n, D] and logit gradients g [n, V] times scale [n]."""
         self.settle()
         if self.hidden is not None:
-            self.hidden.index_add_(0, at, head.back_to_rows(g) * scale[:, None])
+            self.hidden.index_add_(0, at, head.back_to_rows([g]) * scale[:, None])
         if self.weight is not None:
             self.weight.addmm_(g.T, x.to(head.dtype) * scale[:, None])
         if self.bias is not None:
@@ -76,11 +76,20 @@ class GradientSums:
             self.bias.index_add_(0, columns, g.sum(0))
 
     def subtract_targets(
-        self, head: Head, at: Tensor, x: Tensor, targets: Tensor, amount: Tensor
+        self,
+        head: Head,
+        at: Tensor,
+        x: Tensor,
+        targets: Tensor,
+        amount: Tensor,
+        hidden: bool = True,
     ) -> None:
-        """The target's share of rows `at`: its logit gradient is -amount [n]."""
+        """The target's share of rows `at`: its logit gradient is -amount [n].
+
+        hidden: of the hidden states' gradient too.
+        """
         self.settle()
-        if self.hidden is not None:
+        if hidden and self.hidden is not None:
             self.hidden.index_add_(0, at, head.weight[targets].to(head.dtype) * -amount[:, None])
         if self.weight is not None:
             self.weight.index_add_(0, targets, x * -amount[:, None])

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from compact_fast.scores import statistics_dtype
 
-BLOCK_BYTES = 16 << 20  # logits of a block of the vocabulary, to stay in cache
-LEAST_WIDTH = 4096  # of a block, where there are many rows; narrower products are slower
+BLOCK_BYTES = 8 << 20  # logits of a block of the vocabulary, to stay in cache
+LEAST_WIDTH = 2048  # of a block, where there are many rows; narrower products are slower
 ALIGNED = 1024  # blocks are so many entries times n: rows that straddle cache lines are slow
 UPCAST_BYTES = 16 << 20  # float32 copy of a block of a low-precision head
 LEAST_ROWS = 16  # a chunk has at least so many rows, however large the vocabulary
@@ -26,7 +26,7 @@ class Head:
         self.weight = weight
         self.dtype = statistics_dtype(weight.dtype)
         self.bias = None if bias is None else bias.to(self.dtype)
-        self.vocab = weight.shape[0]
+        self.vocab, self.width = weight.shape
         self.row_bytes = self.vocab * self.dtype.itemsize
         self.max_rows = max(LEAST_ROWS, chunk_bytes // self.row_bytes)
         self._widest = self.vocab
@@ -61,9 +61,11 @@ class Head:
             self.multiply(x, self.block(a, b), a, out[:, a:b])
         return out
 
-    def back_to_rows(self, g: Tensor) -> Tensor:  # [n, V] -> [n, D]
-        """g W."""
-        out = g.new_zeros(g.shape[0], self.weight.shape[1])
-        for a, b in self.blocks(g.shape[0]):
-            out.addmm_(g[:, a:b], self.block(a, b))
+    def back_to_rows(self, parts: list[Tensor]) -> Tensor:  # [n, V] each -> [sum of n, D]
+        """g W of all parts, one below another."""
+        n = sum(g.shape[0] for g in parts)
+        out = parts[0].new_zeros(n, self.width)
+        for a, b in self.blocks(n):
+            g = parts[0][:, a:b] if len(parts) == 1 else torch.cat([g[:, a:b] for g in parts])
+            out.addmm_(g, self.block(a, b))
         return out

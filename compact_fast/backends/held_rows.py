@@ -1,14 +1,22 @@
-"""Exponentials of some rows, held until the rows' weights are known."""
+"""Exponentials of some rows, held until the rows' weights are known.
+
+The head's gradient [V, D] is memory that nothing uses until the first rows are added to it. The
+exponentials of the first rows are held there: the gradient is written block by block from its
+beginning, and the exponentials lie at its end, so that each is read before it is written over.
+About D rows cost no memory at all.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from compact_fast.backends.gradients import GradientSums
 from compact_fast.backends.head import Head
+
+Blocks = list[tuple[int, int]]
 
 
 @dataclass
@@ -19,54 +27,89 @@ class HeldRows:
     [n, D] matrices instead of the block.
     """
 
-    head: Head
-    storage: Tensor  # [n * V]
-    blocks: list[tuple[int, int]]
+    blocks: Blocks
+    places: list[Tensor]  # [n, b - a] of every block
     peaks: list[Tensor] = field(default_factory=list)  # [n] each; the peak of each block
 
-    def block(self, a: int, b: int) -> Tensor:
-        """Where vocabulary entries a to b of all rows belong, [n, b - a]."""
-        n = self.storage.numel() // self.head.vocab
-        return self.storage[n * a : n * b].view(n, b - a)
+    @classmethod
+    def arrange(
+        cls, n: int, head: Head, grads: GradientSums, spare: Callable[[int], Tensor]
+    ) -> HeldRows:
+        """Room for n rows: in the head's gradient, if nothing has been written to it, and for the
+        rest in memory that `spare` gives when asked for so many elements."""
+        blocks = head.blocks(n)
+        count = blocks_inside(n, blocks, head.width) if grads.unwritten else 0
+        places = []
+        if count:
+            assert grads.weight is not None
+            inside, end = grads.weight.view(-1), blocks[count - 1][1]
+            for a, b in blocks[:count]:
+                first = inside.numel() - n * (end - a)
+                places.append(inside[first : first + n * (b - a)].view(n, b - a))
+        outside = blocks[count:]
+        if outside:
+            start = outside[0][0]
+            memory = spare(n * (head.vocab - start))
+            places += [memory[n * (a - start) : n * (b - start)].view(n, b - a) for a, b in outside]
+        return cls(blocks, places)
 
     def replace(self, start: int, gradients: Tensor) -> None:
         """Put finished logit gradients [m, V] in the place of the rows from `start` on."""
-        for a, b in self.blocks:
-            self.block(a, b)[start : start + gradients.shape[0]] = gradients[:, a:b]
+        for (a, b), place in zip(self.blocks, self.places, strict=True):
+            place[start : start + gradients.shape[0]] = gradients[:, a:b]
 
     def add_to(
         self,
         grads: GradientSums,
-        at: Tensor,
         x: Tensor,  # [n, D]
         factor: Tensor,  # [n]; 1 for replaced rows
         last: Tensor,  # [n]; the last peak
         replaced: slice,
         runs: list[tuple[int, int]],
     ) -> None:
-        """Add the gradients of these runs of rows; `factor` x exp(z - last peak) = gradient."""
-        overwrite = grads.unwritten
-        for first, end in runs:
-            rows = slice(first, end)
-            into = torch.zeros_like(x[rows]) if grads.hidden is not None else None
-            before = None
-            for (a, b), peak in zip(self.blocks, self.peaks, strict=True):
-                exps, block = self.block(a, b)[rows], self.head.block(a, b)
-                behind = _ratio(peak, last, replaced)[rows]
-                if into is not None:
-                    if before is not None:
-                        into.mul_(_ratio(before, peak, replaced)[rows, None])
-                    into.addmm_(exps, block)
-                    before = peak
-                scale = factor[rows] * behind
+        """Add these runs of rows to the head's gradients; `factor` x exp(z - last peak) is the
+        gradient by the logits."""
+        if not runs:
+            return
+        for (a, b), place, peak in zip(self.blocks, self.places, self.peaks, strict=True):
+            scale = factor * _ratio(peak, last, replaced)
+            beta = 0 if grads.unwritten else 1
+            for first, end in runs:
+                rows = slice(first, end)
                 if grads.weight is not None:
-                    scaled, beta = x[rows] * scale[:, None], 0 if overwrite else 1
-                    grads.weight[a:b].addmm_(exps.T, scaled, beta=beta)
+                    scaled = x[rows] * scale[rows, None]
+                    grads.weight[a:b].addmm_(place[rows].T, scaled, beta=beta)
                 if grads.bias is not None:
-                    grads.bias[a:b].addmv_(exps.T, scale)
-            overwrite = grads.unwritten = False
-            if into is not None and grads.hidden is not None:
-                grads.hidden[at[rows]] = into.mul_(factor[rows, None])
+                    grads.bias[a:b].addmv_(place[rows].T, scale[rows])
+                beta = 1
+        grads.unwritten = False
+
+
+def blocks_inside(n: int, blocks: Blocks, width: int) -> int:
+    """How many blocks of n rows' exponentials fit a gradient [V, width], from the first on.
+
+    They lie at its end in order; block (a, b) must begin behind the gradient's own rows up to b,
+    which are written while it is read.
+    """
+    vocab = blocks[-1][1]
+    for count in range(len(blocks), 0, -1):
+        end = blocks[count - 1][1]
+        if all(vocab * width - n * (end - a) >= b * width for a, b in blocks[:count]):
+            return count
+    return 0
+
+
+def most_inside(head: Head, spare: int) -> int:
+    """So many rows at most can be held in the head's gradient and `spare` elements."""
+    n = head.width + spare // head.vocab
+    while n > spare // head.vocab:
+        blocks = head.blocks(n)
+        count = blocks_inside(n, blocks, head.width)
+        start = blocks[count - 1][1] if count else 0
+        if n * (head.vocab - start) <= spare:
+            break
+        n -= max(1, n // 64)
+    return max(n, spare // head.vocab)
 
 
 def _ratio(old: Tensor, new: Tensor, replaced: slice) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CACHE_BYTES = 1 << 20  # exponentiated at a time, so that the passes over them stay in cache
+CACHE_BYTES = 8 << 20  # exponentiated at a time, so that the passes over them stay in cache
 
 
 @dataclass
@@ -38,18 +38,28 @@ class Statistics:
 
 
 class OnlineRows:
-    """Running statistics of n rows. `targets` [n]: their labels, negative where there is none."""
+    """Running statistics of n rows. `targets` [n]: their labels, negative where there is none.
 
-    def __init__(self, targets: Tensor, dtype: torch.dtype, full: bool) -> None:
+    full: entropy and correctness too. infinite: a logit may be -inf (a bias that masks entries).
+    """
+
+    def __init__(
+        self, targets: Tensor, dtype: torch.dtype, full: bool, infinite: bool = False
+    ) -> None:
         self.targets = targets
         n = targets.numel()
-        # finite, so that differences of two of them are; half, so that the differences fit
-        lowest = torch.finfo(dtype).min / 2
+        # finite, so that differences of two of them are; small enough that the differences fit
+        lowest = torch.finfo(dtype).min / 4
         self.peak = torch.full((n,), lowest, dtype=dtype, device=targets.device)
         self.rest = torch.zeros_like(self.peak)  # sum of exp(z - peak) without the target
         self.at_target = torch.full_like(self.peak, -torch.inf)
+        self._left_out = 2 * lowest  # in the target's place: below any peak by enough for exp
+        self._infinite = infinite
         self._pz = torch.zeros_like(self.peak) if full else None  # sum of exp(z-peak) (z-peak)
-        self._best = torch.full_like(targets, -1) if full else None
+        # whether an entry before the target is as large: then that one is the prediction
+        self._preceded = torch.zeros_like(targets, dtype=torch.bool) if full else None
+        # one piece of memory for all passes: fresh memory costs more than they do
+        self._distances = self.peak.new_empty(0)
 
     def update(self, z: Tensor, a: int) -> Tensor:
         """Turn logits z [n, w] of vocabulary entries a to a + w into exp(z - peak), in place.
@@ -60,27 +70,32 @@ class OnlineRows:
         w = z.shape[1]
         at = self.targets - a
         here = (at >= 0) & (at < w)
-        at = at.clamp(0, w - 1)[:, None]
-        value = z.gather(1, at).squeeze(1)
+        at = at.clamp(0, w - 1)
+        value = z.gather(1, at[:, None]).squeeze(1)
         self.at_target = torch.where(here, value, self.at_target)
-        z.scatter_(1, at, torch.where(here, -torch.inf, value)[:, None])
+        z.scatter_(1, at[:, None], torch.where(here, self._left_out, value)[:, None])
         old, peak, total = self.peak, torch.empty_like(self.peak), torch.empty_like(self.peak)
         more = None if self._pz is None else torch.empty_like(peak)
+        if self._preceded is not None:
+            self._preceded |= here & (old >= value)
         step = max(1, CACHE_BYTES // (w * z.itemsize))
         for i in range(0, z.shape[0], step):
             part = z[i : i + step]
             rows = slice(i, i + part.shape[0])
-            top = torch.maximum(part.amax(-1), old[rows])
-            if self._best is not None:
-                place = part.argmax(-1) + a
-                self._best[rows] = torch.where(top > old[rows], place, self._best[rows])
-            part.sub_(top[:, None])
+            top = part.amax(-1)
+            if self._preceded is not None:
+                tie = here[rows] & (top == value[rows])
+                if bool(tie.any()):
+                    self._preceded[rows][tie] |= part[tie].argmax(-1) < at[rows][tie]
+            top = torch.maximum(top, old[rows])
             if more is None:
-                part.exp_()
+                part.sub_(top[:, None]).exp_()
             else:
-                distance = part.clamp(min=-1e4)  # -inf x 0 is not 0
-                part.exp_()
-                torch.sum(part * distance, -1, out=more[rows])
+                distance = torch.sub(part, top[:, None], out=self._room(part))
+                torch.exp(distance, out=part)
+                if self._infinite:
+                    distance.clamp_(min=-1e4)  # -inf x 0 is not 0
+                torch.sum(distance.mul_(part), -1, out=more[rows])
             torch.sum(part, -1, out=total[rows])
             peak[rows] = top
         shrink = (old - peak).exp_()
@@ -89,6 +104,12 @@ class OnlineRows:
         self.rest = self.rest * shrink + total
         self.peak = peak
         return shrink
+
+    def _room(self, part: Tensor) -> Tensor:
+        """Memory in the shape of a part."""
+        if self._distances.numel() < part.numel():
+            self._distances = self._distances.new_empty(part.numel())
+        return self._distances[: part.numel()].view(part.shape)
 
     def finish(self) -> Softmax:
         """The rows' statistics, once all of the vocabulary has been met."""
@@ -99,12 +120,11 @@ class OnlineRows:
         against = self.rest.log() + (self.peak - self.at_target)  # log odds of any other entry
         logp = torch.where(labelled, -torch.logaddexp(torch.zeros_like(against), against), 0.0)
         entropy = correct = None
-        if self._pz is not None and self._best is not None:
+        if self._pz is not None and self._preceded is not None:
             others = grow * (self._pz + (self.peak - top) * self.rest)
             mine = torch.where(own > 0, own * (self.at_target - top), 0.0)
             entropy = torch.where(labelled, total.log() - (others + mine) / total, 0.0)
-            first = (self.at_target == self.peak) & (self.targets < self._best)
-            correct = labelled & ((self.at_target > self.peak) | first)
+            correct = labelled & (self.at_target >= self.peak) & ~self._preceded
         return Softmax(
             factor=grow / total,
             rest=self.rest,

@@ -57,11 +57,15 @@ class RowPass:
         """
         head = self.head
         x, targets = self.take(rows), self.targets[rows]
-        online = OnlineRows(targets, head.dtype, self._full and not again)
+        full = self._full and not again
+        online = OnlineRows(targets, head.dtype, full, infinite=head.bias is not None)
         into = x.new_zeros(back, x.shape[1])
-        for a, b in head.blocks(rows.numel()) if held is None else held.blocks:
+        # narrow ones for sparse rows: more passes over them follow
+        blocks = head.blocks(rows.numel() if sparse is None else self.most)
+        blocks = blocks if held is None else held.blocks
+        for i, (a, b) in enumerate(blocks):
             block = head.block(a, b)
-            z = self._room(rows.numel(), b - a) if held is None else held.block(a, b)
+            z = self._room(rows.numel(), b - a) if held is None else held.places[i]
             head.multiply(x, block, a, z)
             if kept is not None:
                 kept[:, a:b] = z[at : at + kept.shape[0]]
@@ -83,16 +87,17 @@ class RowPass:
     def add_again(self, grads: GradientSums, rows: Tensor, scale: Tensor) -> None:
         """Add gradients of rows [n] (which have none yet) with weights scale [T] not 0, by making
         their logits again."""
-        if not grads.head:
-            assert grads.hidden is not None
-            for part in torch.split(rows, self.most):
-                self.measure(part, back=part.numel(), out=grads.hidden, again=True)
+        back = grads.hidden is not None
+        for part in torch.split(rows, self.head.max_rows if grads.head else self.most):
+            n = part.numel()
+            held = self.room_to_hold(n, grads) if grads.head else None
+            soft = self.measure(
+                part, back=n if back else 0, out=grads.hidden, held=held, again=True
+            )
+            if grads.hidden is not None:
                 grads.hidden[part] *= scale[part, None]
-            return
-        for part in torch.split(rows, self.head.max_rows):
-            held = self.room_to_hold(part.numel())
-            soft = self.measure(part, held=held, again=True)
-            self.add_held(grads, part, held, soft, scale[part], NO_ROWS)
+            if held is not None:
+                self.add_held(grads, part, held, soft, scale[part], NO_ROWS)
 
     def add_held(
         self,
@@ -103,18 +108,21 @@ class RowPass:
         scale: Tensor,  # [n]
         replaced: slice,
     ) -> None:
-        """Add the gradients of held rows whose scale is not 0; `replaced` ones carry their own."""
+        """Add to the head's gradients those of the held rows whose scale is not 0; `replaced` ones
+        carry their own."""
         x, factor = self.take(rows), scale * soft.factor
         factor[replaced] = 1.0
-        held.add_to(grads, rows, x, factor, soft.peak, replaced, runs(scale != 0))
+        held.add_to(grads, x, factor, soft.peak, replaced, runs(scale != 0))
         own = scale != 0
         own[replaced] = False
         amount = (factor * soft.rest)[own]
-        grads.subtract_targets(self.head, rows[own], x[own], self.targets[rows[own]], amount)
+        grads.subtract_targets(
+            self.head, rows[own], x[own], self.targets[rows[own]], amount, hidden=False
+        )
 
-    def room_to_hold(self, n: int) -> HeldRows:
+    def room_to_hold(self, n: int, grads: GradientSums) -> HeldRows:
         """Room for n rows; the next call takes it away."""
-        return HeldRows(self.head, self._storage(n * self.head.vocab), self.head.blocks(n))
+        return HeldRows.arrange(n, self.head, grads, self._storage)
 
     def _room(self, n: int, w: int) -> Tensor:
         return self._storage(n * w).view(n, w)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor
 from compact_fast.backends.consistency import AnswerRows, Spans, add_consistency
 from compact_fast.backends.gradients import GradientSums
 from compact_fast.backends.head import BLOCK_BYTES, LEAST_ROWS, LEAST_WIDTH, Head
+from compact_fast.backends.held_rows import most_inside
 from compact_fast.backends.online import Softmax, Statistics
 from compact_fast.backends.protocol import ABI, Gradients, LossResult, Needs, RunSpec
 from compact_fast.backends.row_pass import RowPass, runs
@@ -52,6 +53,7 @@ logger = logging.getLogger(__name__)
 CHUNK_BYTES = 48 << 20  # exponentials held at once; 256 rows of a 49,152-word vocabulary in float32
 HOLD_BYTES = 160 << 20  # the same for one question that does not fit a chunk
 ANSWER_BYTES = 24 << 20  # logits of answer spans, kept until their questions' weights are known
+WAITING_BYTES = 4 << 20  # their gradients, kept until there are enough of them for a product
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,9 @@ class TorchBackend:
         return max(LEAST_ROWS, min(BLOCK_BYTES, self.chunk_bytes) // block)
 
 
+_Part = tuple[SparseRows, tuple[int, Softmax]]  # and where its rows begin among the group's
+
+
 @dataclass(frozen=True)
 class _Group:
     """Consecutive whole questions."""
@@ -169,7 +174,10 @@ class _Pass:
         skips = config.skip_below > 0 and grads.any
         self.left = Left.nothing(config.skip_below, head, grads) if skips else None
 
+        self.waiting: list[tuple[Tensor, Tensor]] = []  # rows [n] and their gradients [n, V]
+
         scored = [self._run_group(group) for group in self._groups()]
+        self._add_waiting()
         mi = torch.cat([part[0] for part in scored])
         nll = torch.cat([part[1] for part in scored])
         shares = _join([part[2] for part in scored])
@@ -219,12 +227,15 @@ class _Pass:
         work, grads, answers = self.work, self.grads, group.answers
         rows, n = group.rows, group.rows.numel()
         held = sparse = None
+        back = group.plain if grads.hidden is not None else 0
         if self.left is not None:
-            sparse = self._measure_sparse(group)
-        elif grads.head and n and n <= self._most_held:
-            held = work.room_to_hold(n)
+            sparse = self._measure_streamed(group, back=False)
+        elif grads.head and n and n <= self._most_held(self.backend.hold_bytes):
+            held = work.room_to_hold(n, grads)
             logits = None if answers is None else answers.logits
-            soft = work.measure(rows, held=held, kept=logits, at=group.plain)
+            soft = work.measure(
+                rows, back=back, out=grads.hidden, held=held, kept=logits, at=group.plain
+            )
         else:
             if grads.head and n:
                 _say_twice(n, self.backend.hold_bytes)
@@ -245,58 +256,65 @@ class _Pass:
             )
         if not grads.any:
             return scores
-        if held is not None:
-            if answers is not None:
-                held.replace(found.start, answers.logits)
-            work.add_held(grads, rows, held, soft, scale, found)
-            return scores
+        stop = found.stop
         if sparse is not None:
             for part, (first, found_soft) in sparse:
                 end = first + part.at.numel()
                 part.add_to(grads, found_soft, scale[first:end], alpha / self.assumed)
+            self._add_answers(answers, scale[found])
+        elif held is not None:
+            if answers is not None:
+                held.replace(found.start, answers.logits)
+            if back:
+                self._scale_streamed(rows[:back], scale[:back])
+            within = torch.where(torch.arange(n, device=scale.device) < stop, scale, 0.0)
+            work.add_held(grads, rows, held, soft, within, found)
+            self._await_answers(answers, scale[found])
         elif not grads.head:
             self._scale_streamed(rows[: group.plain], scale[: group.plain])
+            self._await_answers(answers, scale[found])
         else:
             self._again(rows[: group.plain], scale[: group.plain])
-        self._add_answers(answers, scale[found])
-        self._again(rows[found.stop :], scale[found.stop :])
+            self._add_answers(answers, scale[found])
+        self._again(rows[stop:], scale[stop:])
         return scores
 
     # ---- rows --------------------------------------------------------------------------------
 
-    def _measure_streamed(self, group: _Group, back: bool) -> None:
-        """Statistics, kept answers, and unscaled gradients of plain rows if `back`."""
-        work, found = self.work, group.answer_slice
+    def _measure_streamed(self, group: _Group, back: bool) -> list[_Part]:
+        """Statistics, kept answers, and unscaled gradients of plain rows if `back`; with skip_below
+        the large exponentials of plain rows."""
+        work, found, parts = self.work, group.answer_slice, []
         for first in range(0, group.rows.numel(), work.most):
             end = min(first + work.most, group.rows.numel())
             kept, at = None, max(found.start, first) - first
             if group.answers is not None and found.start < end and found.stop > first:
                 part = slice(max(found.start, first) - found.start, end - found.start)
                 kept = group.answers.logits[part]
-            work.measure(
+            plain = max(0, min(end, group.plain) - first)
+            sparse = self._sparse(group, first, plain) if self.left is not None and plain else None
+            soft = work.measure(
                 group.rows[first:end],
-                back=max(0, min(end, group.plain) - first) if back else 0,
+                back=plain if back else 0,
                 out=self.grads.hidden,
+                sparse=sparse,
                 kept=kept,
                 at=at,
             )
+            if sparse is not None:
+                parts.append((sparse, (first, soft.select(slice(0, plain)))))
+        return parts
 
-    def _measure_sparse(self, group: _Group) -> list[tuple[SparseRows, tuple[int, Softmax]]]:
-        """The same, with the large exponentials of plain rows, some rows at a time."""
+    def _sparse(self, group: _Group, first: int, count: int) -> SparseRows:
+        """Where the large exponentials of some of a group's rows go."""
         layout, work, s = self.layout, self.work, group.sequences
         assert self.left is not None
-        parts = []
-        for first in range(0, group.plain, work.head.max_rows):
-            at = group.rows[first : min(first + work.head.max_rows, group.plain)]
-            sequence = layout.token_sequence[at]
-            member = torch.zeros(len(at), s.stop - s.start, dtype=work.head.dtype, device=at.device)
-            share = layout.label_counts[sequence].to(member.dtype).reciprocal()
-            member.scatter_(1, (sequence - s.start)[:, None], share[:, None])
-            sparse = SparseRows(self.left, work.head, at, work.take(at), layout.targets[at], member)
-            parts.append((sparse, (first, work.measure(at, sparse=sparse))))
-        rest = group.rows[group.plain :]
-        self._measure_streamed(replace(group, rows=rest, plain=0), back=False)
-        return parts
+        at = group.rows[first : first + count]
+        sequence = layout.token_sequence[at]
+        member = torch.zeros(count, s.stop - s.start, dtype=work.head.dtype, device=at.device)
+        share = layout.label_counts[sequence].to(member.dtype).reciprocal()
+        member.scatter_(1, (sequence - s.start)[:, None], share[:, None])
+        return SparseRows(self.left, work.head, at, work.take(at), layout.targets[at], member)
 
     def _scale_streamed(self, rows: Tensor, scale: Tensor) -> None:
         out = self.grads.hidden
@@ -325,6 +343,24 @@ class _Pass:
             else:
                 grads.add(head, at, x, g, torch.ones_like(scale[a:b]))
 
+    def _await_answers(self, answers: AnswerRows | None, scale: Tensor) -> None:
+        """Keep the answer rows' gradients for a product back to rows with those of other groups:
+        for a few rows it costs as much to read the head as to multiply."""
+        if answers is None or self.grads.hidden is None:
+            return
+        for a, b in runs(scale > 0):
+            self.waiting.append((answers.at[a:b], answers.logits[a:b]))
+        if sum(g.nbytes for _, g in self.waiting) > WAITING_BYTES:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        """Multiply the gradients kept so far back to rows."""
+        into = self.grads.hidden
+        if self.waiting and into is not None:
+            product = self.work.head.back_to_rows([g for _, g in self.waiting])
+            into.index_add_(0, torch.cat([at for at, _ in self.waiting]), product)
+        self.waiting.clear()
+
     def _row_scale(self, rows: Tensor, group: _Group, shares: TeacherWeights) -> Tensor:
         """alpha / |A| / normalizer of each row's sequence; 0 where the row has no label."""
         layout = self.layout
@@ -335,16 +371,23 @@ class _Pass:
 
     # ---- groups ------------------------------------------------------------------------------
 
-    @property
-    def _most_held(self) -> int:
+    def _most_held(self, spare_bytes: int) -> int:
+        """Rows that can be held with so much memory beside the gradients."""
         head = self.work.head
-        return max(head.max_rows, self.backend.hold_bytes // head.row_bytes)
+        most = max(head.max_rows, spare_bytes // head.row_bytes)
+        if self.grads.unwritten:
+            return max(most, most_inside(head, most * head.vocab))
+        return most
+
+    def _most_together(self) -> int:
+        """Rows of whole questions that go through at a time, as things stand."""
+        if self.left is not None:
+            return self.left.rows_together(self.work.head.max_rows)
+        return self._most_held(self.backend.chunk_bytes) if self.grads.head else self.work.most
 
     def _groups(self) -> Iterator[_Group]:
         """Whole questions, as many as go through together; a larger one stands alone."""
         layout, config = self.layout, self.config
-        held = self.grads.head or self.left is not None
-        most = self.work.head.max_rows if held else self.work.most
         needed = layout.labelled
         if config.mi == "logprob":
             needed = needed | information_positions(layout, config)
@@ -357,7 +400,7 @@ class _Pass:
             0 if self.spans is None else len(self.spans.positions(q, live))
             for q in range(layout.num_questions)
         ]
-        first = 0
+        first, most = 0, self._most_together()
         for q in range(layout.num_questions):
             last = q + 1 == layout.num_questions
             if (
@@ -367,7 +410,7 @@ class _Pass:
             ):
                 rows = all_rows[row_bounds[first] : row_bounds[q + 1]]
                 yield self._group(range(first, q + 1), rows, live)
-                first = q + 1
+                first, most = q + 1, self._most_together()
 
     def _group(self, questions: range, rows: Tensor, live: list[bool]) -> _Group:
         layout, head = self.layout, self.work.head

@@ -313,7 +313,7 @@ class _Fusion:
         a, b = (place - self.starts[s] for place in self.spans[s])
         rows = hidden[a:b]
         found = torch.autograd.grad(
-            rows, self.trained, head.back_to_rows(pull).to(rows.dtype), allow_unused=True
+            rows, self.trained, head.back_to_rows([pull]).to(rows.dtype), allow_unused=True
         )
         x = read.answer.to(_head_dtype(self.head.weight)).to(pull.dtype)
         own = {id(self.head.weight): lambda: pull.T @ x, id(self.head.bias): lambda: pull.sum(0)}
