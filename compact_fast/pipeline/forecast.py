@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import math
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +18,8 @@ import torch
 from torch import Tensor
 
 from compact_fast.backends import Choice, choose
-from compact_fast.backends.torch_backend import CHUNK_BYTES
+from compact_fast.backends.torch_backend import ANSWER_BYTES, CHUNK_BYTES, HOLD_BYTES
+from compact_fast.lean_layers import make_lean
 from compact_fast.run_config import RunConfig
 from compact_fast.students import body_and_head, causal_model
 from compact_fast.trainer.batching import (
@@ -26,11 +30,17 @@ from compact_fast.trainer.batching import (
 )
 from compact_fast.trainer.fusion import gradient_bytes
 from compact_fast.trainer.packing import Packing, choose_packing, mask_wanted
-from compact_fast.trainer.step import run_spec
+from compact_fast.trainer.step import (
+    Collator,
+    direct_body,
+    heeding,
+    packed_hidden,
+    run_spec,
+    to_device,
+)
 
-# Logits the torch backend holds at once, and what it makes of them (bench/loss_memory.py).
-LOSS_CHUNK_BYTES = 3 * CHUNK_BYTES
-_TRIAL_TOKENS = 32
+_TRIAL_TOKENS = 256
+_TOLD_BY_GROWTH = 8 << 20  # bytes kept by a trial below which the process's growth is mostly noise
 
 
 @dataclass(frozen=True)
@@ -75,10 +85,11 @@ class Forecast:
 
 
 def forecast(config: RunConfig, model: Any, rows: Sequence[Mapping[str, Any]]) -> Forecast:
-    """Steps and tokens exactly; memory from what the student keeps of a few tokens' forward pass.
+    """Steps and tokens exactly; memory from what the student takes for one of the questions.
 
     Activations are those of the largest batch that can occur: the `questions_per_step` questions
-    with the most positions, or, one rationale at a time, the longest rationale.
+    with the most positions, or, one rationale at a time, the longest rationale. From now on the
+    student's layers are lean (`make_lean`), as in training.
     """
     t = config.training
     rows = trainable_rows(config, rows)
@@ -88,7 +99,7 @@ def forecast(config: RunConfig, model: Any, rows: Sequence[Mapping[str, Any]]) -
     per_update = t.questions_per_step * t.gradient_accumulation_steps * processes
     if t.max_tokens_per_step is not None:
         per_update = round(len(rows) * epochs / steps)  # on average
-    packed, per_teacher = memory(config, model, lengths)
+    packed, per_teacher = memory(config, model, rows, lengths)
     available = device_memory()
     fusion: Literal["packed", "per_teacher"]
     if t.fusion == "auto":
@@ -109,41 +120,54 @@ def forecast(config: RunConfig, model: Any, rows: Sequence[Mapping[str, Any]]) -
 
 
 def memory(
-    config: RunConfig, model: Any, lengths: tuple[Ints, Ints, Ints, Ints]
+    config: RunConfig,
+    model: Any,
+    rows: Sequence[Mapping[str, Any]],
+    lengths: tuple[Ints, Ints, Ints, Ints],
 ) -> tuple[Memory, Memory]:
     """Peaks of training all rationales at once, and one at a time.
 
     `lengths` are those of `question_lengths`.
     """
-    t, head = config.training, body_and_head(model)
-    vocabulary, width = head.weight.shape
-    taken = -np.sort(-packing_of(config, model).positions(*lengths))
+    t = config.training
+    make_lean(model)
+    vocabulary, width = body_and_head(model).weight.shape
+    taken = packing_of(config, model).positions(*lengths)
+    falling = np.argsort(-taken, kind="stable")
     if t.max_tokens_per_step is None:
-        largest = int(taken[: t.questions_per_step].sum())
+        largest = int(taken[falling[: t.questions_per_step]].sum())
     else:
-        largest = max(int(taken[0]), min(t.max_tokens_per_step, int(taken.sum())))
-    prompts, _, completions, counts = lengths
-    longest, teachers = int((prompts + completions).max()), int(counts.max())
+        largest = max(int(taken.max()), min(t.max_tokens_per_step, int(taken.sum())))
+    prompts, completions, long, counts = lengths
+    read = sequence_tokens(*lengths)
+    longest, teachers = int((prompts + long).max()), int(counts.max())
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     trained_bytes = sum(p.numel() * p.element_size() for p in trained)
     weight_bytes = sum(p.numel() * p.element_size() for p in parameters)
-    head_gradient = width * vocabulary * 4 if head.trainable else 0
-    on_cpu = not torch.cuda.is_available()
-    token_bytes = activation_bytes_per_token(config, model)
+    _give_back()
+    process = 0 if torch.cuda.is_available() else resident_bytes() - weight_bytes
+    # A question near the trial's size stands for all.
+    trial = rows[int(np.argmin(np.abs(taken - _TRIAL_TOKENS)))]
+    token_bytes = activation_bytes_per_token(config, model, trial)
 
-    def of(tokens: int, labels: int, gradients: int) -> Memory:
+    def of(tokens: int, positions: int, question: int, gradients: int) -> Memory:
         return Memory(
             weights=weight_bytes,
             gradients=gradients,
             optimizer=2 * trained_bytes,
             activations=tokens * token_bytes,
-            loss=loss_bytes(labels, vocabulary, width) + head_gradient,
-            process=max(resident_bytes() - weight_bytes, 0) if on_cpu else 0,
+            loss=loss_bytes(config, model, positions, question, vocabulary, width),
+            process=max(process, 0),
         )
 
-    apart = trained_bytes + (teachers + 1) * gradient_bytes(model) if trained else 0
-    return of(largest, largest, trained_bytes), of(longest, longest, apart)
+    # what is accumulated, what a pass back has just made, one a teacher, and their sum
+    apart = 2 * trained_bytes + (teachers + 1) * gradient_bytes(model) if trained else 0
+    repeated = int((largest * (read / taken).max()).round())
+    return (
+        of(largest, repeated, int(completions.max()), trained_bytes),
+        of(longest, longest, int(long.max()), apart),
+    )
 
 
 def can_be_apart(config: RunConfig) -> bool:
@@ -208,32 +232,73 @@ def count_steps(
     return math.ceil(t.num_train_epochs * per_epoch), t.num_train_epochs
 
 
-def loss_bytes(labels: int, vocabulary: int, width: int) -> int:
-    """Chunks of logits, and the gradients of the hidden states they come from."""
-    logits = min(LOSS_CHUNK_BYTES, 3 * labels * vocabulary * 4)
-    return logits + 2 * labels * width * 4
+def loss_bytes(
+    config: RunConfig, model: Any, positions: int, question: int, vocabulary: int, width: int
+) -> int:
+    """Logits held at once, gradients of the hidden states and of a trained head.
 
-
-def activation_bytes_per_token(config: RunConfig, model: Any) -> int:
-    """Bytes kept for the backward pass, a token, as a forward pass of a few tokens keeps them.
-
-    With recomputation a layer keeps its input alone, and one layer at a time the rest.
+    `positions`: of the batch, prompts counted for each rationale; `question`: labels of the
+    largest question, whose logits a trained head holds where they fit.
     """
-    kept = kept_bytes(model, _TRIAL_TOKENS, autocast=bf16_autocast(config)) // _TRIAL_TOKENS
-    if not config.training.gradient_checkpointing:
+    row, states = 4 * vocabulary, 2 * positions * width * 4
+    head = body_and_head(model)
+    backend = backend_choice(config, model).backend
+    if backend.name == "reference":
+        return 4 * positions * row + states
+    held = int(getattr(backend, "chunk_bytes", CHUNK_BYTES))
+    if head.trainable:
+        most = int(getattr(backend, "hold_bytes", HOLD_BYTES))
+        held = question * row if held < question * row <= most else held
+        held += min(ANSWER_BYTES, positions * row)
+        states += vocabulary * width * 4
+    return min(held, 3 * positions * row) + states
+
+
+def activation_bytes_per_token(config: RunConfig, model: Any, row: Mapping[str, Any]) -> int:
+    """Bytes that a training pass keeps for its backward pass, by position of `row`'s question.
+
+    With recomputation a layer keeps its input alone, and one layer at a time the rest. On a CPU
+    the C library's allocator also keeps holes that it cannot use, so there the process's own
+    growth over the pass counts, where it is more.
+    """
+    autocast, recomputed = bf16_autocast(config), config.training.gradient_checkpointing
+    run, tokens = _trial(config, model, row)
+    kept = kept_bytes(model, run, autocast=autocast)
+    told = kept >= _TOLD_BY_GROWTH and not torch.cuda.is_available()
+    kept //= tokens
+    if recomputed:
+        shape = causal_model(model).config.get_text_config()
+        size = 2 if autocast else next(model.parameters()).element_size()
+        layers = int(shape.num_hidden_layers)
+        kept = layers * int(shape.hidden_size) * size + kept // layers
+    if not told:
         return kept
-    shape = causal_model(model).config.get_text_config()
-    size = 2 if bf16_autocast(config) else next(model.parameters()).element_size()
-    return int(shape.num_hidden_layers * shape.hidden_size * size) + kept // int(
-        shape.num_hidden_layers
+    grown = grown_bytes(model, run, autocast=autocast, recomputed=recomputed)
+    return max(kept, grown // tokens)
+
+
+def _trial(
+    config: RunConfig, model: Any, row: Mapping[str, Any]
+) -> tuple[Callable[[], Tensor], int]:
+    """A pass over one question as training makes it, and the positions it reads."""
+    weight = body_and_head(model).weight
+    collator = Collator.of(
+        *(model, None, config.method, ()),
+        share_prompts=config.training.share_prompts,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        lasting=False,
     )
+    inputs = to_device(collator([row]), weight.device)
+
+    def run() -> Tensor:
+        with heeding(model, collator.packing):
+            return packed_hidden(direct_body(model), inputs)
+
+    return run, inputs["input_ids"].numel()
 
 
-def kept_bytes(model: Any, tokens: int, *, autocast: bool = False) -> int:
-    """Bytes that one training pass of the body keeps for its backward pass, weights left out.
-
-    Dropout is on, as in training; random numbers and the model's mode are put back.
-    """
+def kept_bytes(model: Any, run: Callable[[], Tensor], *, autocast: bool = False) -> int:
+    """Bytes that `run`, a pass of the body, keeps for its backward pass, weights left out."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}  # by address; held, so that none is used twice
 
@@ -242,27 +307,75 @@ def kept_bytes(model: Any, tokens: int, *, autocast: bool = False) -> int:
             kept[value.untyped_storage().data_ptr()] = value
         return value
 
-    parts = body_and_head(model)
-    device, vocabulary = parts.weight.device, parts.weight.shape[0]
-    ids = (torch.arange(tokens, device=device) % vocabulary)[None]
-    before = [module for module in model.modules() if not module.training]
-    checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-    for module in checkpointed:
-        module.gradient_checkpointing = False
+    with (
+        _trying(model, autocast, recomputed=False),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value),
+    ):
+        run()
+    return sum(value.untyped_storage().nbytes() for value in kept.values())
+
+
+def grown_bytes(
+    model: Any, run: Callable[[], Tensor], *, autocast: bool = False, recomputed: bool = False
+) -> int:
+    """How much `run`, a pass of the body, lets this process grow; 0 where the system does not tell.
+
+    With recomputation the pass back counts too, which makes activations, its gradients left out.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        return 0
+    with _trying(model, autocast, recomputed=recomputed):
+        with torch.no_grad():
+            run()  # weights that were only mapped so far are read now
+        _give_back()  # holes that loading left would hide the growth
+        before = resident_bytes()
+        hidden = run()
+        grown = resident_bytes() - before
+        if recomputed:
+            torch.autograd.grad(hidden.sum(), trained, allow_unused=True)
+            gradients = sum(p.numel() * p.element_size() for p in trained)
+            grown = max(grown, resident_bytes() - before - gradients)
+    return max(grown, 0)
+
+
+def _give_back() -> None:
+    """Return freed memory to the system, where the C library can."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def _trying(model: Any, autocast: bool, *, recomputed: bool) -> Iterator[None]:
+    """Inside, the model is as in training, dropout on; mode and random numbers are put back."""
+    resting = [module for module in model.modules() if not module.training]
+    device, causal = body_and_head(model).weight.device, causal_model(model)
+    was = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    _recompute(causal, recomputed, was)
     model.train()
     try:
         with (
             torch.random.fork_rng(),
             torch.autocast(device.type, torch.bfloat16, enabled=autocast),
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value),
         ):
-            parts.body(ids)
+            yield
     finally:
-        for module in before:
+        for module in resting:
             module.training = False
-        for module in checkpointed:
-            module.gradient_checkpointing = True
-    return sum(value.untyped_storage().nbytes() for value in kept.values())
+        _recompute(causal, was, recomputed)
+
+
+def _recompute(causal: Any, wanted: bool, now: bool) -> None:
+    """Switch recomputation on or off, unless it is so now."""
+    if wanted == now:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers renames these two
+        if wanted:
+            causal.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            causal.gradient_checkpointing_disable()
 
 
 def resident_bytes() -> int:
@@ -284,4 +397,5 @@ def bf16_autocast(config: RunConfig) -> bool:
 def backend_choice(config: RunConfig, model: Any) -> Choice:
     """The backend the loss would run on, with the reason."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return choose(config.training.backend, run_spec(model, device))
+    dtype = torch.bfloat16 if bf16_autocast(config) else None
+    return choose(config.training.backend, run_spec(model, device, dtype))

@@ -210,7 +210,9 @@ class _Fusion:
         mi = torch.cat([r.out.mi for r in read])
         shares = self._weigh(q, nll, mi, read)
         apart, keep = self.apart[: len(read)], shares.weights > 0
-        self.total += shares.weights[keep].to(self.total.dtype) @ apart[keep]
+        alpha = shares.weights.to(self.total.dtype)
+        for k in keep.nonzero().flatten().tolist():  # apart[keep] would copy every gradient
+            self.total.addcmul_(apart[k], alpha[k])
         norms, pairs, cosines = _compare(apart, self.layout.teachers[_slice(sequences)])
         return _Question(
             shares=shares,
