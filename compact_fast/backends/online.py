@@ -14,27 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compact_fast.backends.assembly import TokenStatistics
+
 CACHE_BYTES = 8 << 20  # exponentiated at a time, so that the passes over them stay in cache
-
-
-@dataclass
-class Statistics:
-    """Per-token results of a batch, filled some rows at a time. All [T]."""
-
-    logp: Tensor  # 0 where there is no label
-    logsumexp: Tensor  # NaN where no logits were made
-    entropy: Tensor | None
-    correct: Tensor | None
-
-    @classmethod
-    def empty(cls, T: int, dtype: torch.dtype, device: torch.device, full: bool) -> Statistics:
-        logp = torch.zeros(T, dtype=dtype, device=device)
-        return cls(
-            logp=logp,
-            logsumexp=torch.full_like(logp, torch.nan),
-            entropy=torch.zeros_like(logp) if full else None,
-            correct=torch.zeros_like(logp, dtype=torch.bool) if full else None,
-        )
 
 
 class OnlineRows:
@@ -135,13 +117,10 @@ class OnlineRows:
             correct=correct,
         )
 
-    def record(self, rows: Tensor, stats: Statistics) -> Softmax:
+    def record(self, rows: Tensor, stats: TokenStatistics) -> Softmax:
         """`finish`, and write the statistics of packed positions rows [n] where they belong."""
         found = self.finish()
-        for name in ("logp", "logsumexp", "entropy", "correct"):
-            into = getattr(stats, name)
-            if into is not None:
-                into[rows] = getattr(found, name)
+        stats.record(rows, found)
         return found
 
 

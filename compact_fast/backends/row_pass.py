@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compact_fast.backends.assembly import TokenStatistics
 from compact_fast.backends.gradients import GradientSums
 from compact_fast.backends.head import Head
 from compact_fast.backends.held_rows import HeldRows
-from compact_fast.backends.online import OnlineRows, Softmax, Statistics
+from compact_fast.backends.online import OnlineRows, Softmax
 from compact_fast.backends.sparse_rows import SparseRows
 
 NO_ROWS = slice(0, 0)
@@ -29,7 +30,7 @@ class RowPass:
         statistics: bool,
     ) -> None:
         self.head, self.hidden, self.targets, self.most = head, hidden, targets, most
-        self.stats = Statistics.empty(targets.numel(), head.dtype, targets.device, statistics)
+        self.stats = TokenStatistics.empty(targets, head.dtype, full=statistics)
         self._full = statistics
         self._buffer = head.weight.new_empty(0, dtype=head.dtype)
 

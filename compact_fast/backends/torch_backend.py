@@ -28,11 +28,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from compact_fast.backends.assembly import TokenStatistics, assemble
 from compact_fast.backends.consistency import AnswerRows, Spans, add_consistency
 from compact_fast.backends.gradients import GradientSums
 from compact_fast.backends.head import BLOCK_BYTES, LEAST_ROWS, LEAST_WIDTH, Head
 from compact_fast.backends.held_rows import most_inside
-from compact_fast.backends.online import Softmax, Statistics
+from compact_fast.backends.online import Softmax
 from compact_fast.backends.protocol import ABI, Gradients, LossResult, Needs, RunSpec
 from compact_fast.backends.row_pass import RowPass, runs
 from compact_fast.backends.sparse_rows import Left, SparseRows
@@ -193,31 +194,21 @@ class _Pass:
         if normalizer is None:
             normalizer = max(1, int((~shares.skipped).sum()))
         correction = normalizer / self.assumed
-        sft = torch.where(alpha > 0, alpha * nll, 0.0).double().sum() / normalizer
-        drawn = config.consistency_weight * self.divergence.double().sum() / normalizer
         kept_share = gradient_error = None
         if config.skip_below > 0:
             kept_share, gradient_error = nll.new_ones(()), nll.new_zeros(3)
         if self.left is not None:
             kept_share, gradient_error = self.left.report()
             gradient_error = gradient_error / correction
-        return LossResult(
-            loss=(sft + drawn).to(nll.dtype),
-            loss_sft=sft.to(nll.dtype, copy=True),
-            loss_consistency=drawn.to(nll.dtype, copy=True),
-            gradients=grads.finish(correction, hidden, head.weight, bias),
-            weights=alpha,
+        return assemble(
+            config,
             nll=nll,
             mi=mi,
-            consensus=shares.consensus,
-            score=shares.score,
-            token_logp=stats.logp,
-            consistency=self.divergence,
-            filtered=shares.filtered,
-            nonfinite=shares.nonfinite,
-            skipped=shares.skipped,
-            token_entropy=stats.entropy,
-            token_correct=stats.correct,
+            shares=shares,
+            divergence=self.divergence,
+            normalizer=normalizer,
+            gradients=grads.finish(correction, hidden, head.weight, bias),
+            stats=stats,
             kept_share=kept_share,
             gradient_error=gradient_error,
         )
@@ -465,7 +456,7 @@ class _Pass:
         return out
 
     def _score(
-        self, group: _Group, stats: Statistics, gold_logit: Tensor | None
+        self, group: _Group, stats: TokenStatistics, gold_logit: Tensor | None
     ) -> tuple[Tensor, Tensor, TeacherWeights]:
         """(mi, nll, weights) of the group's sequences, once their statistics are there."""
         layout, config, s = self.layout, self.config, group.sequences
