@@ -363,6 +363,7 @@ def row_of(case: str, variant: str, work: Work, clock: Clock) -> dict[str, Any]:
         "slowest": round(max(wall), 4),
         "cpu_seconds_a_question": round(median([r["cpu"] for r in rounds]) / questions, 4),
         "label_tokens_a_second": round(work.label_tokens / questions / median(wall), 1),
+        "data_share": round(median([r["data"] / r["wall"] for r in rounds]), 5),
         **{part: round(median([r[part] for r in rounds]) / questions, 4) for part in PARTS},
     }
 

@@ -3,11 +3,12 @@
     python -m bench.file_size                       # 1,000, 10,000 and 100,000 questions
     python -m bench.file_size --questions 1000      # others
 
-Writes files of the built-in world's word problems with its teachers' rationales, and measures for
-each: seconds until the first step can be taken, with nothing kept and once more with what the first
-start kept, each in a process of its own; then, in one process and in turns, optimizer steps of the
-built-in student through the trainer's own loader: questions a second, and the share of the time
-spent waiting for the next batch. bench/results/file_size.csv.
+Writes files of the built-in world's word problems with its teachers' rationales (5,000 problems,
+repeated under new ids), and measures for each: seconds until the first step can be taken, with
+nothing kept and once more with what the first start kept, each in a process of its own; then, in
+one process and in turns, optimizer steps of the built-in student through the trainer's own loader:
+questions a second, and the share of the time spent waiting for the next batch.
+bench/results/file_size.csv.
 """
 
 from __future__ import annotations
@@ -24,19 +25,22 @@ from typing import Any
 from bench.measure import in_fresh_process, median, print_table, write_csv
 
 QUESTIONS_A_STEP = 4
+DISTINCT = 5_000
 
 
 def write_file(path: Path, questions: int) -> None:
-    """Questions of the built-in world as JSON lines."""
+    """Questions of the built-in world as JSON lines; beyond DISTINCT under new ids again."""
     from compact_fast.arithmetic import make_questions
 
+    made = make_questions(min(questions, DISTINCT), 0)
     with path.open("w", encoding="utf-8") as file:
-        for q in make_questions(questions, 0):
+        for i in range(questions):
+            q = made[i % len(made)]
             rationales = [
                 {"teacher": r.teacher, "text": r.text, "answer": r.answer, "correct": r.correct}
                 for r in q.rationales
             ]
-            record = {"id": q.id, "question": q.question, "answer": q.answer}
+            record = {"id": f"{q.id}-{i}", "question": q.question, "answer": q.answer}
             file.write(json.dumps({**record, "rationales": rationales}) + "\n")
 
 
