@@ -61,9 +61,9 @@ class RowPass:
         full = self._full and not again
         online = OnlineRows(targets, head.dtype, full, infinite=head.bias is not None)
         into = x.new_zeros(back, x.shape[1])
-        # narrow ones for sparse rows: more passes over them follow
-        blocks = head.blocks(rows.numel() if sparse is None else self.most)
-        blocks = blocks if held is None else held.blocks
+        # narrow ones for few sparse rows, too: more passes over them follow
+        n = rows.numel() if sparse is None else max(rows.numel(), self.most // 2)
+        blocks = head.blocks(n) if held is None else held.blocks
         for i, (a, b) in enumerate(blocks):
             block = head.block(a, b)
             z = self._room(rows.numel(), b - a) if held is None else held.places[i]
