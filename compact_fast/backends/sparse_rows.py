@@ -1,7 +1,7 @@
 """Gradients of which the small part is left out: `skip_below`.
 
-A block is one column of the vocabulary by the rows at hand. It is left out when every softmax in
-it is below the limit. The decision falls when the block's exponentials are at hand, before the
+A block is one column of the vocabulary by up to BLOCK_ROWS rows. It is left out when every softmax
+in it is below the limit. The decision falls when the block's exponentials are at hand, before the
 last of the vocabulary is known: against what the log-sum-exp is at least, namely that of the
 blocks so far and of the target, so that softmax is overestimated and nothing large is left out.
 """
