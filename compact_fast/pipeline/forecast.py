@@ -171,8 +171,9 @@ def memory(
 
 
 def can_be_apart(config: RunConfig) -> bool:
-    """Whether fusion="per_teacher" takes this method."""
-    return config.method.mode != "reference" and config.method.consistency != "all"
+    """Whether fusion="per_teacher" takes this method, on processes that hold whole students."""
+    whole = config.training.sharding == "none"
+    return whole and config.method.mode != "reference" and config.method.consistency != "all"
 
 
 def device_memory() -> int:
