@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,20 @@ from torch import Tensor, nn
 
 from compact_fast.sharded_head import is_dtensor
 from compact_fast.students import body_and_head, causal_model, inference, is_sharded
+
+_SHARDED: WeakSet[nn.Module] = WeakSet()  # transformers models, by `shard`
+
+
+def refuse_parts(model: nn.Module) -> None:
+    """ValueError for weights that anything else than `shard` has spread over processes."""
+    if causal_model(model) in _SHARDED:
+        return
+    for name, p in model.named_parameters():
+        if is_dtensor(p):
+            raise ValueError(
+                f"{name} is a DTensor: the student has been sharded before; give it whole, with "
+                "sharding='fsdp'"
+            )
 
 
 @torch.no_grad()
@@ -32,7 +47,7 @@ def shard(model: nn.Module, device: torch.device) -> list[str]:
     Returns sentences for the user. Raises ValueError, with the remedy, where there is nothing to
     spread over, and for weights outside the transformers model. A sharded student stays as it is.
     """
-    if is_sharded(model):
+    if causal_model(model) in _SHARDED:
         return []
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         raise ValueError(
@@ -61,6 +76,7 @@ def shard(model: nn.Module, device: torch.device) -> list[str]:
         fully_shard(layer, mesh=mesh)
     fully_shard(causal, mesh=mesh, reshard_after_forward=False)
     causal.register_load_state_dict_pre_hook(_split_state)
+    _SHARDED.add(causal)
     if layers:
         return []
     return [

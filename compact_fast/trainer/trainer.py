@@ -40,7 +40,7 @@ from compact_fast.trainer.callbacks import ProgressDisplay, RunFiles
 from compact_fast.trainer.checkpoints import CheckpointedTrainer
 from compact_fast.trainer.fusion import check_fusion, per_teacher_step
 from compact_fast.trainer.guard import NonFiniteGuard
-from compact_fast.trainer.sharding import in_step, shard
+from compact_fast.trainer.sharding import in_step, refuse_parts, shard
 from compact_fast.trainer.step import Collator, compact_step, run_spec, to_device, wrapped_body
 from compact_fast.trainer.window import LogWindow
 
@@ -83,6 +83,7 @@ class CompactTrainer(CheckpointedTrainer):
     ) -> None:
         config = args.compact
         self.notes: list[str] = []
+        refuse_parts(model)
         check_head(model)
         if config.consensus in ("attention", "both"):
             attention_projections(model)  # refuses now what it would refuse in the first step

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from process_group import in_processes
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from toy import TEACHERS, make_rows, make_student, make_trainer, metrics, untimed
 from transformers import TrainerCallback
 
@@ -382,6 +384,36 @@ def test_what_cannot_be_is_refused_with_the_remedy(tmp_path: Path) -> None:
         make_trainer(tmp_path, sharding="zero3")
     with pytest.raises(ValueError, match="fsdp='full_shard': use sharding='fsdp'"):
         make_trainer(tmp_path, fsdp="full_shard")
+
+
+def test_a_student_sharded_by_other_means_is_refused(tmp_path: Path) -> None:
+    def work(rank: int) -> Any:
+        dist.init_process_group("gloo")
+        model = make_student()
+        fully_shard(model)
+        with pytest.raises(ValueError) as caught:
+            make_trainer(tmp_path / "two", model, **{**SETTINGS, **EACH})
+        return str(caught.value)
+
+    for said in in_processes(tmp_path / "two", 2, work):
+        assert "is a DTensor: the student has been sharded before; give it whole" in said
+
+
+def test_a_second_trainer_takes_a_sharded_student(tmp_path: Path) -> None:
+    def work(rank: int) -> Any:
+        model = make_student()
+        for name in ("a", "b"):
+            settings = {**SETTINGS, **EACH, "sharding": "fsdp", "num_train_epochs": 1}
+            trainer = make_trainer(tmp_path / name, model, make_rows(15), **settings)
+            trainer.train()
+        return weights_of(trainer)
+
+    model = make_student()
+    for name in ("c", "d"):
+        settings = {**SETTINGS, **ONE, "num_train_epochs": 1}
+        one = make_trainer(tmp_path / name, model, make_rows(15), **settings)
+        one.train()
+    assert_same_weights(weights_of(one), in_processes(tmp_path / "two", 2, work)[0])
 
 
 def test_accelerates_launcher_may_ask_for_it() -> None:
