@@ -344,6 +344,12 @@ def measure_time(
             for variant, step in steps.items():
                 with clocks[variant].round():
                     step(clocks[variant], None)
+                spent = clocks[variant].rounds[-1]
+                print(
+                    f"{variant}: {spent['wall']:.2f} s, processor {spent['cpu']:.2f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
     return [row_of(case, variant, work, clocks[variant]) for variant in steps]
 
 
@@ -444,9 +450,10 @@ def main() -> None:
             asked = {"case": given.case, "folder": given.data, "variant": variant}
             found = in_fresh_process("bench.end_to_end", {**asked, "questions": given.questions})
             rows.append({"case": given.case, "variant": variant, **found})
+            keep(rows[-1:])
     else:
         rows = measure_time(given.case, given.data, given.variants, given.questions, given.rounds)
-    keep(rows)
+        keep(rows)
     print_table(rows)
 
 
