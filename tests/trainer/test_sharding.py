@@ -256,6 +256,30 @@ def test_a_checkpoint_of_another_student_is_refused(tmp_path: Path) -> None:
         assert "the checkpoint is of another student: 1 weights" in said
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_write_that_fails_on_one_process_ends_both(tmp_path: Path, failing: int) -> None:
+    """The main process writes weights and optimizer, the other its random state."""
+
+    def work(rank: int) -> Any:
+        write = torch.save
+
+        def save(obj: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+            if rank == failing and "checkpoint-4" in str(path):
+                raise OSError(5, "Input/output error")
+            write(obj, path, *args, **kwargs)
+
+        torch.save = save
+        try:
+            train(tmp_path / "run", make_student(), **SAVING, **EACH, sharding="fsdp")
+        finally:
+            torch.save = write
+
+    for said in in_processes(tmp_path / "two", 2, work):
+        assert said == "OSError: [Errno 5] Input/output error"
+    assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-2"]
+    verify_checkpoint(tmp_path / "run" / "checkpoint-2")
+
+
 def test_the_best_checkpoint_is_loaded(tmp_path: Path) -> None:
     settings = {
         **SAVING,
