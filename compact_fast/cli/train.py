@@ -21,10 +21,12 @@ def run(arguments: Arguments) -> int:
     config = load(path, arguments.overrides)
     config.require("student", "data")
     from compact_fast.pipeline import run_folder
-    from compact_fast.trainer.launcher import launched_sharding
+    from compact_fast.trainer.launcher import ALONE, launched_sharding, processes
 
     if launched_sharding():
         config = config.replace(sharding="fsdp")
+    if config.training.sharding == "fsdp" and processes() == 1:
+        raise ValueError(ALONE)
     if config.run.compare:
         return _compare(config)
     if run_folder.is_finished(config):

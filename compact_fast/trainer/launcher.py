@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import MutableMapping
 
+ALONE = (
+    "sharding='fsdp': one process has nobody to share with; start several (torchrun "
+    "--nproc-per-node N -m compact_fast train ...), or set sharding='none'"
+)
+
 _ASKED = "ACCELERATE_USE_FSDP"
 # The launcher's settings that this trainer answers to: what it does, and what to do instead.
 _DONE = {
@@ -32,6 +37,11 @@ def launched_sharding(environment: MutableMapping[str, str] | None = None) -> bo
             raise ValueError(f"{name}={found[name]} (from accelerate): expected {value}; {remedy}")
     found[_ASKED] = "false"
     return True
+
+
+def processes() -> int:
+    """How many processes the launcher has started; 1 where there is none."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launched_bf16(

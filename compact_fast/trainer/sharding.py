@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from compact_fast.sharded_head import is_dtensor
 from compact_fast.students import body_and_head, causal_model, inference, is_sharded
+from compact_fast.trainer.launcher import ALONE
 
 _SHARDED: WeakSet[nn.Module] = WeakSet()  # transformers models, by `shard`
 
@@ -50,10 +51,7 @@ def shard(model: nn.Module, device: torch.device) -> list[str]:
     if causal_model(model) in _SHARDED:
         return []
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        raise ValueError(
-            "sharding='fsdp': one process has nobody to share with; start several (torchrun "
-            "--nproc-per-node N -m compact_fast train ...), or set sharding='none'"
-        )
+        raise ValueError(ALONE)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

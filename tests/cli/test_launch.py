@@ -57,3 +57,13 @@ def test_accelerate_launches_a_sharded_run(tiny_student, rationales, tmp_path) -
     trained, start = (load_student(str(path)).model for path in (run / "model", tiny_student))
     assert type(trained) is type(start)
     assert not torch.equal(trained.lm_head.weight, start.lm_head.weight)
+
+
+def test_sharding_alone_is_refused_before_anything_is_read(tmp_path, capsys) -> None:
+    from compact_fast.cli.main import main
+
+    run = tmp_path / "run"
+    words = ["train", "--student", "none", "--data", "none", "--output-dir", str(run)]
+    assert main([*words, "--sharding", "fsdp"]) == 2
+    assert "one process has nobody to share with; start several" in capsys.readouterr().err
+    assert not run.exists()
