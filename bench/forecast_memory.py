@@ -87,8 +87,8 @@ def measure(case: str, folder: str, fusion: str) -> dict[str, Any]:
         if t.max_tokens_per_step is not None:
             number = 2 * t.max_tokens_per_step // int(prompt.min() + completions.min())
         largest = order[-number:]
+        found = forecast(config, inputs.student.model, rows)
         object.__setattr__(inputs.train, "rows", rows.select(largest))
-        found = forecast(config, inputs.student.model, inputs.train.rows)
         trainer = make_trainer(inputs)
         device = trainer.args.device
         reset_peak(device)

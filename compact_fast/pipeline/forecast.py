@@ -39,7 +39,7 @@ from compact_fast.trainer.step import (
     to_device,
 )
 
-_TRIAL_TOKENS = 256
+_MOST_TRIED = 2048  # positions; a longer question's pass would take too long on a CPU
 _TOLD_BY_GROWTH = 8 << 20  # bytes kept by a trial below which the process's growth is mostly noise
 
 
@@ -147,8 +147,9 @@ def memory(
     weight_bytes = sum(p.numel() * p.element_size() for p in parameters)
     _give_back()
     process = 0 if torch.cuda.is_available() else resident_bytes() - weight_bytes
-    # A question near the trial's size stands for all.
-    trial = rows[int(np.argmin(np.abs(taken - _TRIAL_TOKENS)))]
+    # The allocator's holes grow with the tensors, so that the largest question is tried.
+    short = np.flatnonzero(taken <= _MOST_TRIED)
+    trial = rows[int(short[taken[short].argmax()] if short.size else taken.argmin())]
     token_bytes = activation_bytes_per_token(config, model, trial)
 
     def of(tokens: int, positions: int, question: int, gradients: int) -> Memory:
@@ -328,7 +329,10 @@ def grown_bytes(
         return 0
     with _trying(model, autocast, recomputed=recomputed):
         with torch.no_grad():
-            run()  # weights that were only mapped so far are read now
+            # weights that were only mapped so far are read now
+            body_and_head(model).body(
+                torch.arange(8, device=body_and_head(model).weight.device)[None]
+            )
         _give_back()  # holes that loading left would hide the growth
         before = resident_bytes()
         hidden = run()
