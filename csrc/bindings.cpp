@@ -11,6 +11,7 @@
 
 #include "consensus.h"
 #include "parallel.h"
+#include "row_softmax.h"
 #include "simd.h"
 
 namespace py = pybind11;
@@ -18,7 +19,7 @@ using namespace compact;
 
 namespace {
 
-constexpr int kAbi = 2;
+constexpr int kAbi = 3;
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
@@ -335,6 +336,21 @@ py::tuple score_graphs(const py::dict& graphs, const py::object& embedding,
   return s.out();
 }
 
+#if COMPACT_ROW_SOFTMAX
+// Addresses of torch's memory; 0 for null.
+void softmax_rows(std::uintptr_t z, std::ptrdiff_t stride, std::int64_t n, std::int64_t width,
+                  std::int64_t first, std::uintptr_t target, std::uintptr_t peak,
+                  std::uintptr_t rest, std::uintptr_t at_target, std::uintptr_t weighted,
+                  std::uintptr_t preceded, std::uintptr_t shrink, int threads) {
+  auto floats = [](std::uintptr_t address) { return reinterpret_cast<float*>(address); };
+  const RunningRows rows{reinterpret_cast<const std::int64_t*>(target), floats(peak), floats(rest),
+                         floats(at_target), floats(weighted),
+                         reinterpret_cast<std::uint8_t*>(preceded)};
+  py::gil_scoped_release release;
+  update_rows(floats(z), stride, n, width, first, rows, floats(shrink), threads);
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -348,4 +364,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("assignment", &assignment);
   m.def("score_texts", &score_texts);
   m.def("score_graphs", &score_graphs);
+#if COMPACT_ROW_SOFTMAX
+  m.def("softmax_rows", &softmax_rows);
+#endif
 }

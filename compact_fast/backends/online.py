@@ -9,12 +9,18 @@ of s, so that what a confident row still has to learn is not the difference of t
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from compact_fast.backends.assembly import TokenStatistics
+from compact_fast.native import load_native
+
+logger = logging.getLogger(__name__)
 
 CACHE_BYTES = 8 << 20  # exponentiated at a time, so that the passes over them stay in cache
 
@@ -42,6 +48,8 @@ class OnlineRows:
         self._preceded = torch.zeros_like(targets, dtype=torch.bool) if full else None
         # one piece of memory for all passes: fresh memory costs more than they do
         self._distances = self.peak.new_empty(0)
+        plain = dtype == torch.float32 and targets.device.type == "cpu"
+        self._native = native_rows() if plain else None
 
     def update(self, z: Tensor, a: int) -> Tensor:
         """Turn logits z [n, w] of vocabulary entries a to a + w into exp(z - peak), in place.
@@ -49,6 +57,8 @@ class OnlineRows:
         The target's entry becomes 0. Returns exp(old peak - new peak) [n], the factor by which
         whatever the caller keeps relative to the peak shrinks.
         """
+        if self._native is not None and z.stride(1) == 1:
+            return self._update_natively(self._native, z, a)
         w = z.shape[1]
         at = self.targets - a
         here = (at >= 0) & (at < w)
@@ -87,6 +97,17 @@ class OnlineRows:
         self.peak = peak
         return shrink
 
+    def _update_natively(self, softmax_rows: Callable[..., None], z: Tensor, a: int) -> Tensor:
+        """The same in two passes of the native module (csrc/row_softmax.h), in place but for the
+        peak, which callers keep."""
+        self.peak, shrink = self.peak.clone(), torch.empty_like(self.peak)
+        state = (
+            self.targets, self.peak, self.rest, self.at_target, self._pz, self._preceded, shrink
+        )  # fmt: skip
+        addresses = (0 if t is None else t.data_ptr() for t in state)
+        softmax_rows(z.data_ptr(), z.stride(0), *z.shape, a, *addresses, torch.get_num_threads())
+        return shrink
+
     def _room(self, part: Tensor) -> Tensor:
         """Memory in the shape of a part."""
         if self._distances.numel() < part.numel():
@@ -106,7 +127,8 @@ class OnlineRows:
             others = grow * (self._pz + (self.peak - top) * self.rest)
             mine = torch.where(own > 0, own * (self.at_target - top), 0.0)
             entropy = torch.where(labelled, total.log() - (others + mine) / total, 0.0)
-            correct = labelled & (self.at_target >= self.peak) & ~self._preceded
+            largest = (self.at_target >= self.peak) & self.rest.isfinite()
+            correct = labelled & largest & ~self._preceded
         return Softmax(
             factor=grow / total,
             rest=self.rest,
@@ -140,3 +162,16 @@ class Softmax:
         """Of some of the rows."""
         values = (getattr(self, name) for name in self.__dataclass_fields__)
         return Softmax(*(None if v is None else v[rows] for v in values))  # type: ignore[arg-type]
+
+
+@cache
+def native_rows() -> Callable[..., None] | None:
+    """`softmax_rows` of the native module, or None; then torch's operations do the same."""
+    module = load_native()
+    if isinstance(module, str):
+        logger.info("the loss on a CPU takes a few percent longer: %s", module)
+        return None
+    found: Callable[..., None] | None = getattr(module, "softmax_rows", None)
+    if found is None:
+        logger.info("the loss on a CPU takes a few percent longer: built by another compiler")
+    return found

@@ -1,38 +1,20 @@
-"""Finds the native module, or says once why there is none."""
+"""Native or rustworkx: chooses, and says once why not the native module."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import warnings
 from functools import cache
 from types import ModuleType
 from typing import Literal
 
-ABI = 2  # of csrc/bindings.cpp
+from compact_fast.native import load_native
+
 Backend = Literal["auto", "native", "rustworkx"]
 
 
 class NativeMissingWarning(UserWarning):
     """Graph consensus runs on rustworkx because the native module is missing."""
-
-
-@cache
-def load_native() -> ModuleType | str:
-    """The module `compact_fast._native`, or the reason why it cannot be used."""
-    try:
-        module = importlib.import_module("compact_fast._native")
-    except ImportError as error:
-        return (
-            f"the native module is not installed ({error}); install CMake and a C++17 compiler "
-            "and install compact-fast again"
-        )
-    if getattr(module, "abi", None) != ABI:
-        return (
-            f"the native module was built for another version (abi {getattr(module, 'abi', None)}, "
-            f"need {ABI}); install compact-fast again"
-        )
-    return module
 
 
 @cache

@@ -1,9 +1,11 @@
 // Tests of the core without Python: by hand, by brute force, and on random bytes. Run by CTest, also
 // under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -13,6 +15,7 @@
 #include "consensus.h"
 #include "numbers.h"
 #include "parallel.h"
+#include "row_softmax.h"
 #include "simd.h"
 #include "text.h"
 
@@ -253,6 +256,52 @@ void test_parallel() {
   parallel_for(0, 1, 2, [&](std::int64_t, std::int64_t, int) { CHECK(false); });
 }
 
+#if COMPACT_ROW_SOFTMAX
+// Rows of every width in ragged blocks, against double; memory of each block exactly its size.
+void test_row_softmax() {
+  Random random(11);
+  std::normal_distribution<float> normal(0.0f, 4.0f);
+  for (int trial = 0; trial < 60; ++trial) {
+    const std::int64_t n = 1 + below(random, 5), vocabulary = 1 + below(random, 200);
+    const auto size = static_cast<std::size_t>(n);
+    std::vector<float> peak(size, std::numeric_limits<float>::lowest() / 4), rest(size, 0.0f),
+        at_target(size, -INFINITY), weighted(size, 0.0f), shrink(size);
+    std::vector<std::uint8_t> preceded(size, 0);
+    std::vector<std::int64_t> target(size);
+    for (auto& t : target) t = below(random, vocabulary);
+    const RunningRows rows{target.data(), peak.data(), rest.data(), at_target.data(),
+                           weighted.data(), preceded.data()};
+    std::vector<double> total(size, 0.0), mean(size, 0.0);
+    std::vector<std::vector<float>> all(size);
+    for (std::int64_t a = 0; a < vocabulary;) {
+      const std::int64_t width = std::min(vocabulary - a, 1 + below(random, 90));
+      std::vector<float> z(static_cast<std::size_t>(n * width));
+      for (auto& value : z) value = normal(random);
+      for (std::int64_t i = 0; i < n; ++i)
+        for (std::int64_t j = 0; j < width; ++j)
+          all[static_cast<std::size_t>(i)].push_back(z[static_cast<std::size_t>(i * width + j)]);
+      update_rows(z.data(), width, n, width, a, rows, shrink.data(), 2);
+      for (float value : z) CHECK(value >= 0.0f && value <= 1.0f);
+      a += width;
+    }
+    for (std::size_t i = 0; i < size; ++i) {
+      double sum = 0.0, moment = 0.0;
+      for (std::size_t v = 0; v < all[i].size(); ++v) {
+        if (static_cast<std::int64_t>(v) == target[i]) {
+          CHECK(all[i][v] == at_target[i]);
+          continue;
+        }
+        const double x = static_cast<double>(all[i][v]) - static_cast<double>(peak[i]);
+        CHECK(x <= 0.0);
+        sum += std::exp(x), moment += std::exp(x) * x;
+      }
+      CHECK(std::abs(static_cast<double>(rest[i]) - sum) <= 1e-5 * (1.0 + sum));
+      CHECK(std::abs(static_cast<double>(weighted[i]) - moment) <= 1e-5 * (1.0 - moment));
+    }
+  }
+}
+#endif
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -264,6 +313,9 @@ int main(int argc, char** argv) {
   test_assignment(graphs);
   test_matching(graphs);
   test_parallel();
+#if COMPACT_ROW_SOFTMAX
+  test_row_softmax();
+#endif
   test_random_questions(questions);
   std::printf("%d checks passed\n", checks);
   return 0;

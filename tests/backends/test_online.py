@@ -7,6 +7,18 @@ import torch
 
 from compact_fast.backends import online
 from compact_fast.backends.online import OnlineRows
+from compact_fast.native import load_native
+
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(
+    online.native_rows() is None, reason="the native module is not installed"
+))  # fmt: skip
+
+
+@pytest.fixture(params=[NATIVE, "torch"])
+def passes(request, monkeypatch):
+    """The native module's two passes over float32, and torch's."""
+    if request.param == "torch":
+        monkeypatch.setattr(online, "native_rows", lambda: None)
 
 
 def through(z: torch.Tensor, targets: torch.Tensor, width: int, infinite: bool = False):
@@ -16,30 +28,45 @@ def through(z: torch.Tensor, targets: torch.Tensor, width: int, infinite: bool =
     return rows.finish()
 
 
+@pytest.mark.usefixtures("passes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("width", [1, 3, 4, 7, 30])
 @pytest.mark.parametrize("cache", [1, 200, 1 << 20], ids=["a row", "some rows", "all rows"])
-def test_first_of_equal_logits_is_the_prediction(width, cache, monkeypatch):
+def test_first_of_equal_logits_is_the_prediction(width, cache, dtype, monkeypatch):
     monkeypatch.setattr(online, "CACHE_BYTES", cache)
     torch.manual_seed(0)
-    z = torch.randint(0, 3, (400, 20)).double()  # nearly every row has ties
+    z = torch.randint(0, 3, (400, 20)).to(dtype)  # nearly every row has ties
     targets = torch.randint(0, 20, (400,))
     found = through(z, targets, width)
     assert torch.equal(found.correct, z.argmax(-1) == targets)
     assert 0 < int(found.correct.sum()) < 400
 
 
-@pytest.mark.parametrize("width", [1, 5, 20])
-def test_statistics_are_those_of_the_softmax(width):
+@pytest.mark.usefixtures("passes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [1, 5, 70, 200])
+def test_statistics_are_those_of_the_softmax(width, dtype):
     torch.manual_seed(1)
-    z = torch.randn(50, 20, dtype=torch.float64) * 30
-    targets = torch.randint(0, 20, (50,))
+    z = torch.randn(50, 200, dtype=dtype) * 30
+    targets = torch.randint(0, 200, (50,))
+    targets[7] = -100
     found = through(z, targets, width)
-    logp = z.log_softmax(-1)
-    torch.testing.assert_close(found.logp, logp.gather(1, targets[:, None]).squeeze(1))
-    torch.testing.assert_close(found.entropy, -(logp.exp() * logp).sum(-1))
-    torch.testing.assert_close(found.logsumexp, z.logsumexp(-1))
+    logp = z.double().log_softmax(-1)
+    own = logp.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+    own[7] = 0.0
+    entropy = -(logp.exp() * logp).sum(-1)
+    entropy[7] = 0.0
+    for name, want in (
+        ("logp", own),
+        ("entropy", entropy),
+        ("logsumexp", z.double().logsumexp(-1)),
+    ):
+        torch.testing.assert_close(
+            getattr(found, name), want.to(dtype), msg=lambda m, n=name: n + m
+        )
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_masked_entries_and_an_otherwise_masked_vocabulary(dtype):
     z = torch.tensor([[0.5, -torch.inf, 2.0, -torch.inf], [1.0] + [-torch.inf] * 3], dtype=dtype)
@@ -52,9 +79,48 @@ def test_masked_entries_and_an_otherwise_masked_vocabulary(dtype):
     assert found.correct.tolist() == [True, True]
 
 
+@pytest.mark.usefixtures("passes")
 def test_huge_logits():
     z = torch.tensor([[1e30, 2e30, -1e30], [80.0, -80.0, 0.0]])
     found = through(z, torch.tensor([1, 0]), 2)
     assert found.correct.tolist() == [True, True]
     assert found.logp.tolist() == pytest.approx([0.0, 0.0], abs=1e-30)
     assert found.entropy.isfinite().all()
+
+
+@pytest.mark.skipif(online.native_rows() is None, reason="the native module is not installed")
+def test_native_passes_agree_with_torchs_and_with_themselves(monkeypatch):
+    """Same statistics to rounding; the same bits for any thread count and instruction set."""
+    torch.manual_seed(2)
+    z, targets = torch.randn(300, 1000) * 8, torch.randint(-1, 1000, (300,))
+
+    def run():
+        rows = OnlineRows(targets, z.dtype, full=True)
+        parts = [z[:, a : a + 300].clone() for a in range(0, 1000, 300)]
+        shrinks = [rows.update(part, 300 * i) for i, part in enumerate(parts)]
+        found = rows.finish()
+        return [torch.cat(parts, 1), *shrinks, found.logp, found.entropy, found.rest, found.peak]
+
+    module, threads = load_native(), torch.get_num_threads()
+    first = run()
+    try:
+        for level, count in ((0, 1), (0, 3), (-1, 2), (-1, 1)):
+            module.force_simd_level(level)
+            torch.set_num_threads(count)
+            assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+    finally:
+        module.force_simd_level(-1)
+        torch.set_num_threads(threads)
+    monkeypatch.setattr(online, "native_rows", lambda: None)
+    for a, b in zip(run(), first, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("passes")
+def test_not_a_number_reaches_the_row_and_no_other():
+    z = torch.randn(3, 50)
+    z[1, 30] = torch.nan
+    found = through(z, torch.tensor([3, 4, 5]), 20)
+    for name in ("logp", "logsumexp", "factor"):
+        assert getattr(found, name).isnan().tolist() == [False, True, False], name
+    assert not found.correct[1]

@@ -9,8 +9,8 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from compact_fast.graphs import match_matrices
-from compact_fast.graphs.native import load_native
 from compact_fast.graphs.options import ONE, SHIFT
+from compact_fast.native import load_native
 
 HAS_NATIVE = not isinstance(load_native(), str)
 needs_native = pytest.mark.skipif(not HAS_NATIVE, reason="the native module is not built")

@@ -1,0 +1,27 @@
+"""Finds the native module, or says why there is none."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from types import ModuleType
+
+ABI = 3  # of csrc/bindings.cpp
+
+
+@cache
+def load_native() -> ModuleType | str:
+    """The module `compact_fast._native`, or the reason why it cannot be used."""
+    try:
+        module = importlib.import_module("compact_fast._native")
+    except ImportError as error:
+        return (
+            f"the native module is not installed ({error}); install CMake and a C++17 compiler "
+            "and install compact-fast again"
+        )
+    if getattr(module, "abi", None) != ABI:
+        return (
+            f"the native module was built for another version (abi {getattr(module, 'abi', None)}, "
+            f"need {ABI}); install compact-fast again"
+        )
+    return module

@@ -1,0 +1,199 @@
+#include "row_softmax.h"
+
+#if COMPACT_ROW_SOFTMAX
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "host_threads.h"
+#include "simd.h"
+
+namespace compact {
+
+namespace {
+
+#define COMPACT_INLINE inline __attribute__((always_inline))
+
+// 16 lanes on every machine, so that sums are taken in one order on all of them.
+typedef float Lanes __attribute__((vector_size(64)));
+typedef std::int32_t Bits __attribute__((vector_size(64)));
+constexpr std::int64_t kLanes = 16;
+
+COMPACT_INLINE Lanes load(const float* p) {
+  Lanes v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+COMPACT_INLINE void store(float* p, Lanes v) { std::memcpy(p, &v, sizeof v); }
+
+COMPACT_INLINE Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
+
+constexpr float kLowest = -87.0f;  // below, exp is not a normal number: 0
+
+// exp of x <= 0, to 1 ulp: 2^n times a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2] (the one of
+// the Cephes library's expf). NaN stays NaN.
+COMPACT_INLINE Lanes exp_of(Lanes x) {
+  const Lanes shifted = x * 1.44269504088896341f + 12582912.0f;  // n in the lowest bits
+  const Lanes n = shifted - 12582912.0f;
+  Lanes r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  Bits bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 127) << 23;
+  Lanes scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return p * scale;
+}
+
+COMPACT_INLINE float sum(Lanes v) {
+  for (std::int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (std::int64_t k = 0; k < half; ++k) v[k] += v[k + half];
+  return v[0];
+}
+
+COMPACT_INLINE float largest(const float* row, std::int64_t width) {
+  constexpr float lowest = -std::numeric_limits<float>::infinity();
+  Lanes top[4] = {Lanes{} + lowest, Lanes{} + lowest, Lanes{} + lowest, Lanes{} + lowest};
+  std::int64_t j = 0;
+  for (; j + 4 * kLanes <= width; j += 4 * kLanes)
+    for (int k = 0; k < 4; ++k) top[k] = larger(load(row + j + k * kLanes), top[k]);
+  float best = lowest;
+  for (; j < width; ++j) best = row[j] > best ? row[j] : best;
+  const Lanes all = larger(larger(top[0], top[1]), larger(top[2], top[3]));
+  for (std::int64_t k = 0; k < kLanes; ++k) best = all[k] > best ? all[k] : best;
+  return best;
+}
+
+// row becomes exp(row - top); sums of it, and of it times (row - top).
+struct Sums {
+  Lanes plain[4] = {};
+  Lanes weighted[4] = {};
+};
+
+template <bool kWeighted>
+COMPACT_INLINE Lanes exponentials(Lanes z, float top, Lanes& plain, Lanes& weighted) {
+  const Lanes x = z - top, none = {};
+  const Lanes e = x < kLowest + none ? none : exp_of(x);
+  plain += e;
+  if (kWeighted) weighted += x < kLowest + none ? none : e * x;  // -inf x 0 is not 0
+  return e;
+}
+
+template <bool kWeighted>
+COMPACT_INLINE void take_row(float* row, std::int64_t width, float top, float& total, float& more) {
+  Sums s;
+  std::int64_t j = 0;
+  for (; j + 4 * kLanes <= width; j += 4 * kLanes)
+    for (int k = 0; k < 4; ++k) {
+      float* at = row + j + k * kLanes;
+      store(at, exponentials<kWeighted>(load(at), top, s.plain[k], s.weighted[k]));
+    }
+  for (; j < width; j += kLanes) {  // the rest, filled up with what becomes 0
+    const std::int64_t count = std::min(kLanes, width - j);
+    Lanes v = Lanes{} - std::numeric_limits<float>::infinity();
+    std::memcpy(&v, row + j, static_cast<std::size_t>(count) * sizeof(float));
+    v = exponentials<kWeighted>(v, top, s.plain[0], s.weighted[0]);
+    std::memcpy(row + j, &v, static_cast<std::size_t>(count) * sizeof(float));
+  }
+  total = sum((s.plain[0] + s.plain[1]) + (s.plain[2] + s.plain[3]));
+  more = kWeighted ? sum((s.weighted[0] + s.weighted[1]) + (s.weighted[2] + s.weighted[3])) : 0.0f;
+}
+
+struct Work {
+  float* z;
+  std::ptrdiff_t stride;
+  std::int64_t n, width, first;
+  const RunningRows& rows;
+  float* shrink;
+};
+
+COMPACT_INLINE void update(const Work& w, std::int64_t begin, std::int64_t end) {
+  const RunningRows& rows = w.rows;
+  for (std::int64_t i = begin; i < end; ++i) {
+    float* row = w.z + i * w.stride;
+    const float old = rows.peak[i];
+    const std::int64_t at = rows.target[i] - w.first;
+    const bool here = at >= 0 && at < w.width;
+    float value = 0.0f;
+    if (here) {
+      rows.at_target[i] = value = row[at];
+      row[at] = -std::numeric_limits<float>::infinity();
+    }
+    float top = largest(row, w.width);
+    if (here && rows.weighted) {
+      bool before = old >= value;
+      if (top == value)
+        for (std::int64_t j = 0; j < at && !before; ++j) before = row[j] == value;
+      rows.preceded[i] |= before;
+    }
+    top = top > old ? top : old;
+    const float by = std::exp(old - top);
+    float total, more;
+    if (rows.weighted) {
+      take_row<true>(row, w.width, top, total, more);
+      rows.weighted[i] = by * (rows.weighted[i] + (old - top) * rows.rest[i]) + more;
+    } else {
+      take_row<false>(row, w.width, top, total, more);
+    }
+    rows.rest[i] = rows.rest[i] * by + total;
+    rows.peak[i] = top;
+    w.shrink[i] = by;
+  }
+}
+
+using Update = void (*)(const Work&, std::int64_t, std::int64_t);
+
+void update_plain(const Work& w, std::int64_t begin, std::int64_t end) { update(w, begin, end); }
+
+#if COMPACT_X86
+__attribute__((target("avx2"))) void update_avx2(const Work& w, std::int64_t begin,
+                                                 std::int64_t end) {
+  update(w, begin, end);
+}
+
+__attribute__((target("avx512f"))) void update_avx512(const Work& w, std::int64_t begin,
+                                                      std::int64_t end) {
+  update(w, begin, end);
+}
+#endif
+
+Update widest() {
+#if COMPACT_X86
+  static const bool wide = __builtin_cpu_supports("avx512f");
+  if (simd_level() > 0) return wide ? update_avx512 : update_avx2;
+#endif
+  return update_plain;
+}
+
+struct Shared {
+  const Work& work;
+  Update update;
+};
+
+void share(void* data, int part, int parts) {
+  const Shared& s = *static_cast<Shared*>(data);
+  s.update(s.work, s.work.n * part / parts, s.work.n * (part + 1) / parts);
+}
+
+}  // namespace
+
+void update_rows(float* z, std::ptrdiff_t stride, std::int64_t n, std::int64_t width,
+                 std::int64_t first, const RunningRows& rows, float* shrink, int threads) {
+  const Work work{z, stride, n, width, first, rows, shrink};
+  Shared shared{work, widest()};
+  if (n * width < 1 << 15) threads = 1;  // too little to share
+  on_host_threads(threads, share, &shared);
+}
+
+}  // namespace compact
+
+#endif
