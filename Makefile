@@ -53,7 +53,7 @@ nightly: $(SETUP)
 	$(BIN)/python -m pytest -m nightly -rs
 
 # The C++ core under address, undefined-behaviour and thread sanitizers: its tests, a million fuzzed
-# inputs each, and the graph tests of Python (Linux, gcc; about an hour)
+# inputs, and the graph tests of Python (Linux, gcc; about 20 minutes)
 sanitize: $(SETUP)
 	$(BIN)/python csrc/tests/sanitize.py
 
