@@ -175,12 +175,19 @@ std::uint8_t QuestionScorer::score_groups(const std::int64_t* r, std::int64_t k,
     std::fill(score, score + k, 1.0);
     return kNoEvidence;
   }
+  const auto same_covers = [&](std::int64_t i, std::int64_t j) {
+    for (std::int64_t t = 0; t < k; ++t)
+      if (covers_[i * k + t] != covers_[j * k + t] || covers_[t * k + i] != covers_[t * k + j])
+        return false;
+    return true;
+  };
   // exact copies inside a group count once, so that one more of them changes nothing
   weight_.assign(static_cast<std::size_t>(k), 1);
   for (std::int64_t i = 0; i < k; ++i)
     for (std::int64_t j = 0; j < i; ++j)
       if (group[i] == group[j] && r[i * k + j] == kUnit &&
-          std::equal(r + i * k, r + (i + 1) * k, r + j * k) && sound_[i] == sound_[j])
+          std::equal(r + i * k, r + (i + 1) * k, r + j * k) && same_covers(i, j) &&
+          sound_[i] == sound_[j])
         weight_[i] = 0;
   // mean over the voting members of group `lead` of what teacher i gets from them
   auto mean = [&](const std::int64_t* from, std::int64_t i, std::int64_t lead) {
@@ -193,15 +200,15 @@ std::uint8_t QuestionScorer::score_groups(const std::int64_t* r, std::int64_t k,
     return sum / members;
   };
   if (groups == 2) {  // nobody can tell who is right: all the same
-    std::int64_t sum = 0, members = 0;
-    std::int64_t other = 0;
-    while (group[other] == group[0]) ++other;
+    std::int64_t sum = 0, pairs = 0;  // over all pairs at once: rounding knows no first group
     for (std::int64_t i = 0; i < k; ++i) {
-      if (group[i] != group[0] || !weight_[i]) continue;
-      sum += mean(r, i, group[other]);
-      ++members;
+      for (std::int64_t j = i + 1; j < k; ++j) {
+        if (group[i] == group[j] || !weight_[i] || !weight_[j]) continue;
+        sum += r[i * k + j];
+        ++pairs;
+      }
     }
-    std::fill(score, score + k, static_cast<double>(sum / members) / static_cast<double>(kUnit));
+    std::fill(score, score + k, static_cast<double>(sum / pairs) / static_cast<double>(kUnit));
     return kUndecidable;
   }
   const std::int64_t share = options_.graph.soundness;

@@ -333,7 +333,14 @@ def score_groups(
         return [1.0] * k, 1
 
     def copy(i: int, j: int) -> bool:
-        return group[i] == group[j] and r[i][j] == UNIT and r[i] == r[j] and sound[i] == sound[j]
+        return (
+            group[i] == group[j]
+            and r[i][j] == UNIT
+            and r[i] == r[j]
+            and covers[i] == covers[j]
+            and all(row[i] == row[j] for row in covers)
+            and sound[i] == sound[j]
+        )
 
     counts = [not any(copy(i, j) for j in range(i)) for i in range(k)]
     members = {lead: [j for j in range(k) if group[j] == lead and counts[j]] for lead in leads}
@@ -343,8 +350,8 @@ def score_groups(
 
     if len(leads) == 2:
         first, other = leads
-        total = sum(mean(r, i, other) for i in members[first])
-        return [total // len(members[first]) / UNIT] * k, 2
+        total = sum(r[i][j] for i in members[first] for j in members[other])
+        return [total // (len(members[first]) * len(members[other])) / UNIT] * k, 2
     share, others = o["soundness"], len(leads) - 1
     scores = []
     for i in range(k):
