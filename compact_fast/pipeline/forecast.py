@@ -305,6 +305,7 @@ def kept_bytes(model: Any, run: Callable[[], Tensor], *, autocast: bool = False)
     kept: dict[int, Tensor] = {}  # by address; held, so that none is used twice
 
     def keep(value: Tensor) -> Tensor:
+        value = value.detach()  # or nodes would hold their own results, and nothing would be freed
         if value.untyped_storage().data_ptr() not in weights:
             kept[value.untyped_storage().data_ptr()] = value
         return value

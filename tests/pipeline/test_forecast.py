@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 
 import pytest
@@ -149,6 +150,14 @@ def test_what_a_pass_keeps_is_seen_with_dropout_and_leaves_no_trace(model):
 
     assert kept(adapted, 16) > kept(plain, 16) > 0
     assert kept(adapted, 32) == 2 * kept(adapted, 16)
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(type(o) is torch.Tensor for o in gc.get_objects())
+
+    before = tensors()
+    kept(adapted, 16)
+    assert tensors() == before  # the trial's activations are freed
     bytes_a_token = activation_bytes_per_token(config(), adapted, row(prompt=6))
     less = activation_bytes_per_token(config(gradient_checkpointing=True), adapted, row(prompt=6))
     assert 0 < less < bytes_a_token
