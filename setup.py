@@ -34,8 +34,9 @@ class CMakeBuild(build_ext):
                 ) from error
             print(
                 f"compact_fast: installing WITHOUT the native module ({error}). Graph consensus "
-                "will run on rustworkx: the same results, slower. To change that, install CMake "
-                "and a C++17 compiler and install again.",
+                "will run on rustworkx, and the loss on a CPU in torch's operations: the same "
+                "results, slower. To change that, install CMake and a C++17 compiler and install "
+                "again.",
                 file=sys.stderr,
             )
             for ext in self.extensions:  # an older build must not pass for this one

@@ -1,13 +1,16 @@
 """One optimizer step on real rationales, beside what a user would run otherwise.
 
     python -m bench.end_to_end --data FOLDER --case smollm2-k4             # time, in turns
-    python -m bench.end_to_end --data FOLDER --case smollm2-k4 --memory    # peaks, a process each
+    python -m bench.end_to_end --data FOLDER --case smollm2-k4 --memory    # peaks
     python -m bench.end_to_end --plot                                      # the picture
 
 FOLDER holds gsm8k_test_openai.jsonl and gsm8k_train_eit.jsonl (docs/throughput.md says what they
 are); it may also come from COMPACT_FAST_DATA. Every variant takes one optimizer step on the same
 questions: tokens at hand, forward and backward passes, clipping, AdamW on LoRA adapters, float32.
-Rows go into bench/results/end_to_end.csv; a new measurement replaces the row it repeats.
+Every variant's every step has a process of its own, as a user's run has, after one pass to warm up:
+what one trainer leaves in the C library's heap makes the next one slower. --together N reads N
+questions a pass. Rows go into bench/results/end_to_end.csv; a new measurement replaces the row it
+repeats.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +74,7 @@ class Work:
     teachers: list[str]
     thinking_ids: list[int]
     teachers_of_case: int
+    together: int  # questions a pass
 
     @property
     def label_tokens(self) -> int:
@@ -80,7 +84,7 @@ class Work:
 # ---- the work --------------------------------------------------------------------------------
 
 
-def load(case: Case, folder: str, questions: int) -> Work:
+def load(case: Case, folder: str, questions: int, together: int = 1) -> Work:
     """Every 7th question that all teachers answered, so that lengths are those of the file."""
     from compact_fast.flat_yaml import Setting
     from compact_fast.pipeline.corpus import read_corpus
@@ -112,9 +116,8 @@ def load(case: Case, folder: str, questions: int) -> Work:
         else small_student(len(inputs.student.tokenizer))
     )
     rows = picked[:questions]
-    return Work(
-        model, inputs.student.tokenizer, rows, teachers, inputs.train.thinking_ids, case.teachers
-    )
+    thinking = inputs.train.thinking_ids
+    return Work(model, inputs.student.tokenizer, rows, teachers, thinking, case.teachers, together)
 
 
 def with_neighbour(row: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,14 +196,14 @@ def trainer_step(trainer: Any) -> Step:
     return step
 
 
-def shared_arguments(work: Work, folder: str, batch: int) -> dict[str, Any]:
-    """A question's worth of sequences a pass, all questions in one optimizer step."""
+def shared_arguments(work: Work, folder: str, sequences: int) -> dict[str, Any]:
+    """So many sequences a question, all questions in one optimizer step."""
     import torch
 
     return {
         "output_dir": folder,
-        "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": len(work.rows),
+        "per_device_train_batch_size": sequences * work.together,
+        "gradient_accumulation_steps": len(work.rows) // work.together,
         "learning_rate": 1e-5,
         "lr_scheduler_type": "constant",
         "report_to": "none",
@@ -330,90 +333,94 @@ def published_step(work: Work) -> Step:
 # ---- measuring -------------------------------------------------------------------------------
 
 
-def measure_time(
-    case: str, folder: str, variants: Sequence[str], questions: int, rounds: int
-) -> list[dict[str, Any]]:
-    """Seconds a question and where they go, variants in turns."""
-    work = load(CASES[case], folder, questions)
-    clocks = {v: Clock() for v in variants}
-    with tempfile.TemporaryDirectory() as scratch:
-        steps = steps_of(variants, work, scratch)
-        for step in steps.values():  # warm-up
-            step(Clock(), 1)
-        for _ in range(rounds):
-            for variant, step in steps.items():
-                with clocks[variant].round():
-                    step(clocks[variant], None)
-                spent = clocks[variant].rounds[-1]
-                print(
-                    f"{variant}: {spent['wall']:.2f} s, processor {spent['cpu']:.2f} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
-    return [row_of(case, variant, work, clocks[variant]) for variant in steps]
+@dataclass(frozen=True)
+class Asked:
+    """One step of one variant, in a process of its own."""
+
+    case: str
+    folder: str
+    variant: str
+    questions: int
+    together: int
+    memory: bool = False
 
 
-def row_of(case: str, variant: str, work: Work, clock: Clock) -> dict[str, Any]:
-    """Figures a question: medians over the rounds."""
-    questions, rounds = len(work.rows), clock.rounds
-    wall = [r["wall"] / questions for r in rounds]
-    return {
-        "case": case,
-        "variant": variant,
-        "questions": questions,
-        "rounds": len(rounds),
-        "label_tokens": work.label_tokens,
-        "body_positions": clock.positions // len(clock.rounds),
-        "seconds_a_question": round(median(wall), 4),
-        "fastest": round(min(wall), 4),
-        "slowest": round(max(wall), 4),
-        "cpu_seconds_a_question": round(median([r["cpu"] for r in rounds]) / questions, 4),
-        "label_tokens_a_second": round(work.label_tokens / questions / median(wall), 1),
-        "data_share": round(median([r["data"] / r["wall"] for r in rounds]), 5),
-        **{part: round(median([r[part] for r in rounds]) / questions, 4) for part in PARTS},
-    }
-
-
-def steps_of(variants: Sequence[str], work: Work, scratch: str) -> dict[str, Step]:
-    steps = {}
-    for variant in variants:
-        try:
-            steps[variant] = make_step(variant, work, scratch)
-        except ValueError as error:
-            print(f"left out: {error}", file=sys.stderr)
-    return steps
-
-
-def measure_memory(case: str, folder: str, variant: str, questions: int) -> dict[str, Any]:
-    """Peak of one step beyond what lay in memory before it, in this process."""
+def measure_here(asked: Asked) -> dict[str, Any]:
+    """Seconds of one step and where they went, or its peak, in this process."""
     import torch
 
     from compact_fast.benchmark.memory import rise_mb
 
-    work = load(CASES[case], folder, questions)
+    work = load(CASES[asked.case], asked.folder, asked.questions, asked.together)
     with tempfile.TemporaryDirectory() as scratch:
-        step = make_step(variant, work, scratch)
-        torch.randn(512, 512) @ torch.randn(512, 512)  # the maths library's own buffers
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return {"peak_extra_mb": round(rise_mb(lambda: step(Clock(), None), device), 1)}
+        step, clock = make_step(asked.variant, work, scratch), Clock()
+        if asked.memory:
+            torch.randn(512, 512) @ torch.randn(512, 512)  # the maths library's own buffers
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return {"peak_extra_mb": round(rise_mb(lambda: step(Clock(), None), device), 1)}
+        step(Clock(), 1)  # warm-up
+        with clock.round():
+            step(clock, None)
+    sizes = {"label_tokens": work.label_tokens, "body_positions": clock.positions}
+    return {**sizes, **clock.rounds[0]}
+
+
+def measure_time(asked: Sequence[Asked], rounds: int) -> list[dict[str, Any]]:
+    """Seconds a question and where they go, variants in turns."""
+    found: dict[Asked, list[dict[str, Any]]] = {one: [] for one in asked}
+    for _ in range(rounds):
+        for one, measured in found.items():
+            measured.append(in_fresh_process("bench.end_to_end", asdict(one)))
+            wall, cpu = (measured[-1][key] for key in ("wall", "cpu"))
+            print(
+                f"{one.variant}: {wall:.2f} s, processor {cpu:.2f} s", file=sys.stderr, flush=True
+            )
+    return [row_of(one, measured) for one, measured in found.items()]
+
+
+def row_of(asked: Asked, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Figures a question: medians over the rounds."""
+    questions, labels = asked.questions, rounds[0]["label_tokens"]
+    wall = [r["wall"] / questions for r in rounds]
+    return {
+        "case": asked.case,
+        "variant": asked.variant,
+        "together": asked.together,
+        "questions": questions,
+        "rounds": len(rounds),
+        "label_tokens": labels,
+        "body_positions": rounds[0]["body_positions"],
+        "seconds_a_question": round(median(wall), 4),
+        "fastest": round(min(wall), 4),
+        "slowest": round(max(wall), 4),
+        "cpu_seconds_a_question": round(median([r["cpu"] for r in rounds]) / questions, 4),
+        "label_tokens_a_second": round(labels / questions / median(wall), 1),
+        "data_share": round(median([r["data"] / r["wall"] for r in rounds]), 5),
+        **{part: round(median([r[part] for r in rounds]) / questions, 4) for part in PARTS},
+    }
 
 
 # ---- results ---------------------------------------------------------------------------------
 
 
 def keep(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Put measurements into the CSV, each over its own case and variant."""
-    known = {(r["case"], r["variant"]): r for r in read_rows()}
+    """Put measurements into the CSV, each over its own case, variant and questions a pass."""
+    known = {key_of(r): r for r in read_rows()}
     for row in rows:
-        key = (row["case"], row["variant"])
+        key = key_of(row)
         known[key] = {**known.get(key, {}), **row, **where()}
     order = {case: i for i, case in enumerate(CASES)}
-    kept = sorted(known.values(), key=lambda r: (order[r["case"]], list(WORDS).index(r["variant"])))
+    kept = [known[key] for key in sorted(known, key=lambda k: (order[k[0]], k[1], k[2]))]
     columns = list(dict.fromkeys(key for row in kept for key in row))
     with CSV.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept)
+
+
+def key_of(row: Mapping[str, Any]) -> tuple[str, int, int]:
+    """What a row is about."""
+    return row["case"], int(row["together"]), list(WORDS).index(row["variant"])
 
 
 def read_rows() -> list[dict[str, Any]]:
@@ -426,13 +433,14 @@ def read_rows() -> list[dict[str, Any]]:
 def main() -> None:
     """Measure one case and keep the rows, or draw what is kept."""
     if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
-        print(json.dumps(measure_memory(**json.loads(sys.argv[1]))))
+        print(json.dumps(measure_here(Asked(**json.loads(sys.argv[1])))))
         return
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--data", default=os.environ.get("COMPACT_FAST_DATA"))
     parser.add_argument("--case", choices=CASES, default="smollm2-k4")
     parser.add_argument("--variants", nargs="+", choices=WORDS, default=list(WORDS))
     parser.add_argument("--questions", type=int, default=4, help="questions in a step")
+    parser.add_argument("--together", type=int, default=1, help="questions a pass")
     parser.add_argument("--rounds", type=int, default=3, help="steps that count, after a pass")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--plot", action="store_true", help="draw the kept rows; measures nothing")
@@ -444,15 +452,21 @@ def main() -> None:
         return
     if not given.data:
         raise SystemExit("--data FOLDER (or COMPACT_FAST_DATA): where the rationales lie")
+    if given.questions % given.together:
+        raise SystemExit(f"--together {given.together} does not divide --questions")
+    asked = [
+        Asked(given.case, given.data, variant, given.questions, given.together, given.memory)
+        for variant in given.variants
+    ]
     if given.memory:
         rows = []
-        for variant in given.variants:
-            asked = {"case": given.case, "folder": given.data, "variant": variant}
-            found = in_fresh_process("bench.end_to_end", {**asked, "questions": given.questions})
-            rows.append({"case": given.case, "variant": variant, **found})
+        for one in asked:
+            about = {"case": one.case, "variant": one.variant, "together": one.together}
+            peak = in_fresh_process("bench.end_to_end", asdict(one))
+            rows.append({**about, "memory_questions": one.questions, **peak})
             keep(rows[-1:])
     else:
-        rows = measure_time(given.case, given.data, given.variants, given.questions, given.rounds)
+        rows = measure_time(asked, given.rounds)
         keep(rows)
     print_table(rows)
 

@@ -35,6 +35,7 @@ from compact_fast.backends.head import BLOCK_BYTES, LEAST_ROWS, LEAST_WIDTH, Hea
 from compact_fast.backends.held_rows import most_inside
 from compact_fast.backends.online import Softmax
 from compact_fast.backends.protocol import ABI, Gradients, LossResult, Needs, RunSpec
+from compact_fast.backends.question_groups import Group, weightless
 from compact_fast.backends.row_pass import RowPass, runs
 from compact_fast.backends.sparse_rows import Left, SparseRows
 from compact_fast.config import CompactConfig
@@ -133,22 +134,6 @@ class TorchBackend:
 _Part = tuple[SparseRows, tuple[int, Softmax]]  # and where its rows begin among the group's
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Consecutive whole questions."""
-
-    questions: range
-    sequences: slice
-    rows: Tensor  # packed positions that need logits: plain ones, answers, then statistics alone
-    plain: int
-    answers: AnswerRows | None
-
-    @property
-    def answer_slice(self) -> slice:
-        """Where among `rows` the answers are."""
-        return slice(self.plain, self.plain + (0 if self.answers is None else len(self.answers.at)))
-
-
 @dataclass
 class _Pass:
     """One evaluation of the loss."""
@@ -171,7 +156,7 @@ class _Pass:
         self.spans = Spans.of(layout, config)
         self.divergence = torch.zeros(layout.num_questions, dtype=head.dtype, device=layout.device)
         self.left_over: list[int] = []  # questions whose consistency comes last
-        self.live = ~self._weightless()
+        self.live = ~weightless(layout, self.consensus, self.attention, config)
         skips = config.skip_below > 0 and grads.any
         self.left = Left.nothing(config.skip_below, head, grads) if skips else None
 
@@ -213,7 +198,7 @@ class _Pass:
             gradient_error=gradient_error,
         )
 
-    def _run_group(self, group: _Group) -> tuple[Tensor, Tensor, TeacherWeights]:
+    def _run_group(self, group: Group) -> tuple[Tensor, Tensor, TeacherWeights]:
         """Scores of a group's sequences; its share of statistics and gradients is added."""
         work, grads, answers = self.work, self.grads, group.answers
         rows, n = group.rows, group.rows.numel()
@@ -272,7 +257,7 @@ class _Pass:
 
     # ---- rows --------------------------------------------------------------------------------
 
-    def _measure_streamed(self, group: _Group, back: bool) -> list[_Part]:
+    def _measure_streamed(self, group: Group, back: bool) -> list[_Part]:
         """Statistics, kept answers, and unscaled gradients of plain rows if `back`; with skip_below
         the large exponentials of plain rows."""
         work, found, parts = self.work, group.answer_slice, []
@@ -296,7 +281,7 @@ class _Pass:
                 parts.append((sparse, (first, soft.select(slice(0, plain)))))
         return parts
 
-    def _sparse(self, group: _Group, first: int, count: int) -> SparseRows:
+    def _sparse(self, group: Group, first: int, count: int) -> SparseRows:
         """Where the large exponentials of some of a group's rows go."""
         layout, work, s = self.layout, self.work, group.sequences
         assert self.left is not None
@@ -352,7 +337,7 @@ class _Pass:
             into.index_add_(0, torch.cat([at for at, _ in self.waiting]), product)
         self.waiting.clear()
 
-    def _row_scale(self, rows: Tensor, group: _Group, shares: TeacherWeights) -> Tensor:
+    def _row_scale(self, rows: Tensor, group: Group, shares: TeacherWeights) -> Tensor:
         """alpha / |A| / normalizer of each row's sequence; 0 where the row has no label."""
         layout = self.layout
         sequence = layout.token_sequence[rows]
@@ -376,7 +361,7 @@ class _Pass:
             return self.left.rows_together(self.work.head.max_rows)
         return self._most_held(self.backend.chunk_bytes) if self.grads.head else self.work.most
 
-    def _groups(self) -> Iterator[_Group]:
+    def _groups(self) -> Iterator[Group]:
         """Whole questions, as many as go through together; a larger one stands alone."""
         layout, config = self.layout, self.config
         needed = layout.labelled
@@ -403,7 +388,7 @@ class _Pass:
                 yield self._group(range(first, q + 1), rows, live)
                 first, most = q + 1, self._most_together()
 
-    def _group(self, questions: range, rows: Tensor, live: list[bool]) -> _Group:
+    def _group(self, questions: range, rows: Tensor, live: list[bool]) -> Group:
         layout, head = self.layout, self.work.head
         teachers = layout.cu_teachers[[questions.start, questions.stop]].tolist()
         labelled = layout.labelled[rows]
@@ -416,29 +401,7 @@ class _Pass:
             kind[torch.searchsorted(rows, answers.at)] = 1
         order = kind.argsort(stable=True)
         count = int((kind == 0).sum())
-        return _Group(questions, slice(*teachers), rows[order], count, answers)
-
-    def _weightless(self) -> Tensor:
-        """[S] bool: sequences that will get weight 0 whatever the student says, most likely.
-
-        What can still change is the filter, if another teacher's score is not finite.
-        """
-        config, layout = self.config, self.layout
-        zeros = torch.zeros(layout.num_sequences, dtype=torch.float64, device=layout.device)
-        shares = teacher_weights(
-            zeros,
-            zeros,
-            self.consensus,
-            self.attention,
-            layout.cu_teachers,
-            config,
-            teachers=layout.teachers,
-            question_ids=layout.question_ids,
-            correct=layout.correct,
-        )
-        scored = config.weighting in ("compact", "mi", "consensus", "difficulty", "best")
-        out = shares.filtered | shares.nonfinite
-        return out if scored else out | (shares.weights == 0)
+        return Group(questions, slice(*teachers), rows[order], count, answers)
 
     def _gold_logit(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
         """<h_t, mean of the question's gold rows> where MI needs it, 0 elsewhere, [T].
@@ -456,7 +419,7 @@ class _Pass:
         return out
 
     def _score(
-        self, group: _Group, stats: TokenStatistics, gold_logit: Tensor | None
+        self, group: Group, stats: TokenStatistics, gold_logit: Tensor | None
     ) -> tuple[Tensor, Tensor, TeacherWeights]:
         """(mi, nll, weights) of the group's sequences, once their statistics are there."""
         layout, config, s = self.layout, self.config, group.sequences
