@@ -25,6 +25,8 @@ def _child(rank: int, world: int, port: int, outcome: Path, work: Work) -> None:
         WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        # else accelerate would share out the cores, and wait for threads that were not forked
+        OMP_NUM_THREADS="1",
     )
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
