@@ -264,25 +264,28 @@ def activation_bytes_per_token(config: RunConfig, model: Any, row: Mapping[str, 
     growth over the pass counts, where it is more.
     """
     autocast, recomputed = bf16_autocast(config), config.training.gradient_checkpointing
-    run, tokens = _trial(config, model, row)
-    kept = kept_bytes(model, run, autocast=autocast)
-    told = kept >= _TOLD_BY_GROWTH and not torch.cuda.is_available()
+    with _trial(config, model, row) as (run, tokens):
+        kept = kept_bytes(model, run, autocast=autocast)
+        grown = 0
+        if kept >= _TOLD_BY_GROWTH and not torch.cuda.is_available():
+            grown = grown_bytes(model, run, autocast=autocast, recomputed=recomputed)
     kept //= tokens
     if recomputed:
         shape = causal_model(model).config.get_text_config()
         size = 2 if autocast else next(model.parameters()).element_size()
         layers = int(shape.num_hidden_layers)
         kept = layers * int(shape.hidden_size) * size + kept // layers
-    if not told:
-        return kept
-    grown = grown_bytes(model, run, autocast=autocast, recomputed=recomputed)
     return max(kept, grown // tokens)
 
 
+@contextlib.contextmanager
 def _trial(
     config: RunConfig, model: Any, row: Mapping[str, Any]
-) -> tuple[Callable[[], Tensor], int]:
-    """A pass over one question as training makes it, and the positions it reads."""
+) -> Iterator[tuple[Callable[[], Tensor], int]]:
+    """A pass over one question as training makes it, and the positions it reads.
+
+    Passes back belong inside too: what they recompute must attend as the pass did.
+    """
     weight = body_and_head(model).weight
     collator = Collator.of(
         *(model, None, config.method, ()),
@@ -291,12 +294,8 @@ def _trial(
         lasting=False,
     )
     inputs = to_device(collator([row]), weight.device)
-
-    def run() -> Tensor:
-        with heeding(model, collator.packing):
-            return packed_hidden(direct_body(model), inputs)
-
-    return run, inputs["input_ids"].numel()
+    with heeding(model, collator.packing):
+        yield lambda: packed_hidden(direct_body(model), inputs), inputs["input_ids"].numel()
 
 
 def kept_bytes(model: Any, run: Callable[[], Tensor], *, autocast: bool = False) -> int:

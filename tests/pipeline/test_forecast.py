@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compact_fast.flat_yaml import Setting
+from compact_fast.pipeline import forecast as forecast_module
 from compact_fast.pipeline.forecast import (
     activation_bytes_per_token,
     backend_choice,
@@ -48,8 +49,7 @@ def row(i: int = 0, prompt: int = 5, completions: tuple[int, ...] = (3, 6)) -> d
     }
 
 
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
+def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=32,
@@ -60,6 +60,11 @@ def model() -> LlamaForCausalLM:
             tie_word_embeddings=False,
         )
     )
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return llama()
 
 
 @pytest.mark.parametrize("questions", [1, 7, 20])
@@ -189,6 +194,13 @@ def test_activations_are_those_of_training(model, tmp_path):
     measured = sum(value.untyped_storage().nbytes() for value in kept.values())
     # the loss keeps its gradients too, which `loss` counts
     assert 0.9 * measured < found < 1.1 * measured
+
+
+def test_recomputation_in_the_trial_attends_as_the_pass_did(monkeypatch):
+    """The pass back belongs to the trial: outside, segments would be read as one sequence."""
+    monkeypatch.setattr(forecast_module, "_TOLD_BY_GROWTH", 0)
+    keys = {"gradient_checkpointing": True, "lora": False}
+    assert activation_bytes_per_token(config(**keys), llama(), row(prompt=6)) > 0
 
 
 @pytest.mark.parametrize("lora", [True, False])
