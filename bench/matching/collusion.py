@@ -11,10 +11,8 @@ verbatim, with a word in twelve changed, or in another order of sentences and ot
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
-import os
 import random
 import re
 from collections.abc import Callable
@@ -22,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from records import ROOT, add_data, auc, write
 
 from compact_fast.graphs import GraphOptions, consensus
 
-ROOT = Path(__file__).parents[2]
 SWAPS = {
     "so": "hence", "then": "next", "has": "owns", "is": "equals", "total": "sum", "each": "every",
     "and": "also", "she": "the girl", "he": "the boy", "they": "these people", "makes": "earns",
@@ -65,19 +63,17 @@ SCORES: dict[str, dict[str, Any]] = {
 }
 
 
-def auc(values: np.ndarray, right: np.ndarray, bounds: list[int]) -> float:
+def mean_auc(values: np.ndarray, right: np.ndarray, bounds: list[int]) -> float:
     found = []
     for a, b in itertools.pairwise(bounds):
         mine, good = values[a:b], right[a:b]
-        gap = mine[good][:, None] - mine[~good][None]
-        found.append(((gap > 0) + 0.5 * (gap == 0)).mean())
+        found.append(auc(mine, good))
     return float(np.mean(found))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    default = os.environ.get("COMPACT_FAST_DATA", ROOT.parent / "shared" / "data")
-    parser.add_argument("--data", type=Path, default=Path(default))
+    add_data(parser)
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/consensus_collusion.csv")
     arguments = parser.parse_args()
 
@@ -116,14 +112,11 @@ def main() -> None:
                             "teachers": voices + colluders,
                             "honest_majority": voices > colluders,
                             "score": label,
-                            "auc": f"{auc(found, np.array(right), bounds):.3f}",
+                            "auc": f"{mean_auc(found, np.array(right), bounds):.3f}",
                         }
                     )
                     print(*lines[-1].values())
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+    write(arguments.out, lines)
 
 
 if __name__ == "__main__":

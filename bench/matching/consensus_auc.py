@@ -11,20 +11,18 @@ Needs gsm8k_test_openai.jsonl and svamp_train_fair.jsonl (COMPACT_FAST_DATA or -
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from records import ROOT, add_data, auc, write
 
 from compact_fast.graphs import GraphOptions, answer_keys, consensus, parse_rationales
 from compact_fast.graphs.parsing import unpack
 
-ROOT = Path(__file__).parents[2]
 FILES = ("gsm8k_test_openai", "svamp_train_fair")
 
 
@@ -47,8 +45,7 @@ class Questions:
         values = []
         for q, right in enumerate(self.right):
             mine = scores[self.cu[q] : self.cu[q + 1]]
-            gap = mine[right][:, None] - mine[~right][None]
-            values.append(((gap > 0) + 0.5 * (gap == 0)).mean())
+            values.append(auc(mine, right))
         all_values = np.array(values)
         return all_values[~self.report], all_values[self.report]
 
@@ -117,8 +114,7 @@ def variants(q: Questions) -> dict[str, np.ndarray]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    default = os.environ.get("COMPACT_FAST_DATA", ROOT.parent / "shared" / "data")
-    parser.add_argument("--data", type=Path, default=Path(default))
+    add_data(parser)
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/consensus_auc.csv")
     arguments = parser.parse_args()
     lines = []
@@ -139,11 +135,7 @@ def main() -> None:
             }
             lines.append({k: f"{v:.3f}" if isinstance(v, float) else v for k, v in line.items()})
             print(f"{name:20} {label:32}", *(f"{line[k]:.3f}" for k in list(line)[2:6]))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+    write(arguments.out, lines)
 
 
 if __name__ == "__main__":

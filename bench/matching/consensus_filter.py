@@ -9,23 +9,19 @@ of right and of wrong ones that is removed.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import os
-from pathlib import Path
 
 import numpy as np
+from records import ROOT, add_data, write
 
 from compact_fast.graphs import consensus
 
-ROOT = Path(__file__).parents[2]
 BELOW = 0.8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    default = os.environ.get("COMPACT_FAST_DATA", ROOT.parent / "shared" / "data")
-    parser.add_argument("--data", type=Path, default=Path(default))
+    add_data(parser)
     lines = []
     for path in sorted(parser.parse_args().data.glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -48,10 +44,7 @@ def main() -> None:
         head = {"file": path.stem, "questions": len(rows), "rationales": len(flat)}
         lines.append({**head, **{k: f"{v:.3f}" for k, v in shares.items()}})
         print(*lines[-1].values())
-    with (ROOT / "bench/results/consensus_filter.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+    write(ROOT / "bench/results/consensus_filter.csv", lines)
 
 
 if __name__ == "__main__":

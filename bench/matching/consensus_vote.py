@@ -11,23 +11,19 @@ the highest score is right (ties shared).
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import os
-import platform
 import random
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from records import ROOT, add_data, auc, machine, write
 
 from compact_fast import __version__
 from compact_fast.arithmetic.teachers import SCENARIOS, make_questions
 from compact_fast.graphs import answer_keys, consensus
 
-ROOT = Path(__file__).parents[2]
 MADE_UP = 800  # questions of each made-up case
 
 
@@ -144,8 +140,7 @@ def judge(c: Case, scores: np.ndarray) -> tuple[np.ndarray, float]:
         mine, right = scores[a:b], c.right[a:b]
         best.append(right[mine == mine.max()].mean())
         if right.any() and not right.all():
-            gap = mine[right][:, None] - mine[~right][None]
-            values.append(((gap > 0) + 0.5 * (gap == 0)).mean())
+            values.append(auc(mine, right))
     return np.array(values), float(np.mean(best))
 
 
@@ -175,25 +170,17 @@ def row(c: Case) -> dict[str, Any] | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    default = os.environ.get("COMPACT_FAST_DATA", ROOT.parent / "shared" / "data")
-    parser.add_argument("--data", type=Path, default=Path(default))
+    add_data(parser)
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/consensus_vote.csv")
     arguments = parser.parse_args()
-    made = {
-        "version": __version__,
-        "device": platform.machine(),
-        "date": date.today().isoformat(),
-    }
+    made = {"version": __version__, **machine()}
     lines = []
     for cases in (real(arguments.data), built_in(), made_up()):
         for c in cases:
             if (line := row(c)) is not None:
                 lines.append({**line, **made})
                 print(f"{c.name:55}", *(line[k] for k in list(line)[2:]))
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+    write(arguments.out, lines)
 
 
 if __name__ == "__main__":

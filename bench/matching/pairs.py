@@ -2,39 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 ONE = 1 << 15
-
-
-def machine() -> dict[str, str]:
-    """Where and when a row was measured."""
-    cpu = platform.processor() or platform.machine()
-    for line in (
-        Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else ()
-    ):
-        if line.startswith("model name"):
-            cpu = line.partition(":")[2].strip()
-            break
-    today = datetime.date.today().isoformat()
-    return {"cpu": cpu, "python": platform.python_version(), "date": today}
-
-
-def version(*packages: str) -> str:
-    """Of the first of these distributions that is installed."""
-    for name in packages:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ""
 
 
 @dataclass

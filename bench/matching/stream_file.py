@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from pairs import machine
+from records import machine
 
 from compact_fast import __version__
 from compact_fast.graphs.stream import score_file

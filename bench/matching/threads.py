@@ -13,7 +13,6 @@ bench/results/consensus_threads.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import multiprocessing
 import os
@@ -26,13 +25,13 @@ from pathlib import Path
 
 import numpy as np
 from bench_peers import packed
-from pairs import machine, make
+from pairs import make
+from records import ROOT, add_data, machine, write
 
 from compact_fast import _native
 from compact_fast.graphs import consensus, parse_rationales
 from compact_fast.graphs.matching import _edges
 
-ROOT = Path(__file__).parents[2]
 FREE = 1.9  # two processes over one, from which both had a core of their own
 Work = Callable[[int], object]  # takes the number of threads
 
@@ -87,8 +86,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    default = os.environ.get("COMPACT_FAST_DATA", ROOT.parent / "shared" / "data")
-    parser.add_argument("--data", type=Path, default=Path(default))
+    add_data(parser)
     parser.add_argument("--passes", type=int, default=9)
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/consensus_threads.csv")
     arguments = parser.parse_args()
@@ -124,10 +122,7 @@ def main() -> None:
         }
         lines.append(line)
         print(*line.values(), flush=True)
-    with arguments.out.open("w", newline="") as out:
-        writer = csv.DictWriter(out, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+    write(arguments.out, lines)
 
 
 if __name__ == "__main__":
