@@ -20,7 +20,7 @@ PARTS = ("data", "body_forward", "head_and_loss", "scores", "body_backward", "op
 
 # Functions whose time is that of scores and weights, where they are looked up.
 SCORES = (
-    ("compact_fast.backends.torch_backend", "teacher_weights"),
+    ("compact_fast.backends.torch_backend", "layout_weights"),
     ("compact_fast.backends.torch_backend", "adaptability"),
     ("compact_fast.backends.torch_backend", "difficulty"),
     ("bench.published", "adaptability"),

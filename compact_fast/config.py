@@ -188,6 +188,11 @@ class CompactConfig:
         object.__setattr__(self, "weighting", weights)
 
     @property
+    def scored(self) -> bool:
+        """Whether the weighting looks at scores."""
+        return self.weighting in ("compact", "mi", "consensus", "difficulty", "best")
+
+    @property
     def betas(self) -> tuple[float, float, float]:
         """(mi, consensus, difficulty) after the weighting's choice of scores."""
         full = (self.beta_mi, self.beta_consensus, self.beta_difficulty)

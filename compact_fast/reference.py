@@ -19,9 +19,9 @@ from compact_fast.output import CompactOutput
 from compact_fast.scores import (
     adaptability,
     difficulty,
+    layout_weights,
     pointwise_information,
     statistics_dtype,
-    teacher_weights,
 )
 
 
@@ -48,17 +48,7 @@ def compact_loss(
     nll = difficulty(label_logp, layout)  # [S]
     mi = _mi(hidden, lm_head_weight, logp, label_logp, layout, config)  # [S]
 
-    shares = teacher_weights(
-        mi.detach(),
-        nll.detach(),
-        consensus,
-        attention,
-        layout.cu_teachers,
-        config,
-        teachers=layout.teachers,
-        question_ids=layout.question_ids,
-        correct=layout.correct,
-    )
+    shares = layout_weights(mi.detach(), nll.detach(), consensus, attention, layout, config)
     alpha = shares.weights
 
     cleaned = hidden

@@ -147,6 +147,32 @@ class TeacherWeights:
     skipped: Tensor  # [Q] bool; no teacher left
 
 
+def layout_weights(
+    mi: Tensor,  # [S]
+    nll: Tensor,  # [S]
+    consensus: Tensor | None,  # [S]
+    attention: Tensor | None,  # [S]
+    layout: TokenLayout,
+    config: CompactConfig,
+    questions: slice | None = None,
+) -> TeacherWeights:
+    """`teacher_weights` of a layout, or of some of its questions: [S] are then their sequences."""
+    q = questions or slice(0, layout.num_questions)
+    cu_teachers = layout.cu_teachers[q.start : q.stop + 1]
+    s = slice(*cu_teachers[[0, -1]].tolist())
+    return teacher_weights(
+        mi,
+        nll,
+        consensus,
+        attention,
+        cu_teachers - s.start,
+        config,
+        teachers=layout.teachers[s],
+        question_ids=None if layout.question_ids is None else layout.question_ids[q],
+        correct=None if layout.correct is None else layout.correct[s],
+    )
+
+
 @torch.no_grad()
 def teacher_weights(
     mi: Tensor,  # [S]
@@ -167,7 +193,7 @@ def teacher_weights(
     groups = TeacherGroups(cu_teachers)
     mi64, nll64 = mi.double(), nll.double()
     b_mi, b_consensus, b_difficulty = config.betas
-    scored = config.weighting in ("compact", "mi", "consensus", "difficulty", "best")
+    scored = config.scored
     mi_used = scored and b_mi != 0
     consensus_used = (scored and b_consensus != 0) or config.filter_below > 0
 

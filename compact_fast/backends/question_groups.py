@@ -10,7 +10,7 @@ from torch import Tensor
 from compact_fast.backends.consistency import AnswerRows
 from compact_fast.config import CompactConfig
 from compact_fast.layout import TokenLayout
-from compact_fast.scores import teacher_weights
+from compact_fast.scores import layout_weights
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,6 @@ def weightless(
     What can still change is the filter, if another teacher's score is not finite.
     """
     zeros = torch.zeros(layout.num_sequences, dtype=torch.float64, device=layout.device)
-    shares = teacher_weights(
-        zeros,
-        zeros,
-        consensus,
-        attention,
-        layout.cu_teachers,
-        config,
-        teachers=layout.teachers,
-        question_ids=layout.question_ids,
-        correct=layout.correct,
-    )
-    scored = config.weighting in ("compact", "mi", "consensus", "difficulty", "best")
+    shares = layout_weights(zeros, zeros, consensus, attention, layout, config)
     out = shares.filtered | shares.nonfinite
-    return out if scored else out | (shares.weights == 0)
+    return out if config.scored else out | (shares.weights == 0)

@@ -46,8 +46,8 @@ from compact_fast.scores import (
     adaptability,
     difficulty,
     information_positions,
+    layout_weights,
     pointwise_information,
-    teacher_weights,
 )
 
 logger = logging.getLogger(__name__)
@@ -432,27 +432,11 @@ class _Pass:
             mi = adaptability(gold_logit, layout, config)[s]
         else:
             mi = adaptability(gold_logit - stats.logsumexp, layout, config)[s]
-        start = layout.cu_teachers[group.questions.start]
-        cut = {
-            name: None if value is None else value[s]
-            for name, value in (
-                ("consensus", self.consensus),
-                ("attention", self.attention),
-                ("correct", layout.correct),
-            )
-        }
-        q = group.questions
-        shares = teacher_weights(
-            mi,
-            nll,
-            cut["consensus"],
-            cut["attention"],
-            layout.cu_teachers[q.start : q.stop + 1] - start,
-            config,
-            teachers=layout.teachers[s],
-            question_ids=None if layout.question_ids is None else layout.question_ids[q],
-            correct=cut["correct"],
+        consensus, attention = (
+            None if value is None else value[s] for value in (self.consensus, self.attention)
         )
+        q = slice(group.questions.start, group.questions.stop)
+        shares = layout_weights(mi, nll, consensus, attention, layout, config, q)
         return mi, nll, shares
 
 

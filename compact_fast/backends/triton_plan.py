@@ -98,7 +98,7 @@ def make_plan(
             "gold_counts": host.cu_gold.diff() if host.cu_gold is not None else None,
             "spans": _spans(host) if config.mi == "pvi" else None,
             "prior": _prior(host) if config.mi == "pvi" else None,
-            "shares": None if is_scored(config) else _shares(host, config),
+            "shares": None if config.scored else _shares(host, config),
         },
         device,
     )
@@ -218,11 +218,6 @@ def information_of(
     )
 
 
-def is_scored(config: CompactConfig) -> bool:
-    """Whether the weighting looks at scores."""
-    return config.weighting in ("compact", "mi", "consensus", "difficulty", "best")
-
-
 def weight_rule(
     config: CompactConfig,
     consensus: Tensor | None,  # [S]
@@ -237,7 +232,7 @@ def weight_rule(
     }
     kind, scores = given[config.consensus]
     b_mi, b_consensus, _ = config.betas
-    scored = is_scored(config)
+    scored = config.scored
     rule: Rule = "shares" if not scored else "best" if config.weighting == "best" else "softmax"
     return (
         WeightRule(

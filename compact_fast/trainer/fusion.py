@@ -30,7 +30,7 @@ from compact_fast.config import CompactConfig
 from compact_fast.layout import TokenLayout
 from compact_fast.output import CompactOutput
 from compact_fast.reference import attention_consensus, consistency_spans
-from compact_fast.scores import TeacherWeights, statistics_dtype, teacher_weights
+from compact_fast.scores import TeacherWeights, layout_weights, statistics_dtype
 from compact_fast.students import attention_projections, body_and_head
 from compact_fast.trainer.step import Body, compact_step, direct_body, prior_logp
 
@@ -269,17 +269,8 @@ class _Fusion:
                 num_kv_heads=maps.num_kv_heads,
                 gqa=config.attention_gqa,
             )
-        return teacher_weights(
-            mi,
-            nll,
-            None if self.consensus is None else self.consensus[s],
-            attention,
-            cu_teachers,
-            config,
-            teachers=layout.teachers[s],
-            question_ids=None if layout.question_ids is None else layout.question_ids[q : q + 1],
-            correct=None if layout.correct is None else layout.correct[s],
-        )
+        consensus = None if self.consensus is None else self.consensus[s]
+        return layout_weights(mi, nll, consensus, attention, layout, config, slice(q, q + 1))
 
     def _consistency(
         self, q: int, sequences: range, read: Sequence[_Read], alpha: Tensor
