@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # for `bench`
 
 from bench import kernel_report
 from bench.aot import compiling
+from bench.kernel_cases import meta
 
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 BULK_COPIES = ("sm_90", "sm_100")
@@ -76,8 +77,8 @@ def launch_step(rows_a_sequence, needs):
         cu_gold=2 * torch.arange(Q + 1),
         answer_spans=torch.stack([cu[1:] - 5, cu[1:]], 1),
     )
-    hidden, weight = (kernel_report.meta(m, D, dtype=torch.bfloat16) for m in (len(targets), V))
-    consensus = kernel_report.meta(K * Q, dtype=torch.float64)
+    hidden, weight = (meta(m, D, dtype=torch.bfloat16) for m in (len(targets), V))
+    consensus = meta(K * Q, dtype=torch.float64)
     head, config = DeviceHead.of(TritonBackend(), hidden, weight, None), CompactConfig()
     plan = make_plan(layout, config, torch.device("meta"), head.max_rows)
     work = TritonPass(head, plan, consensus, None, config, None, False)
