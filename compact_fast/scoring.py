@@ -28,6 +28,7 @@ from compact_fast.atomic import (
 )
 from compact_fast.backends import CompactBackend, choose
 from compact_fast.config import CompactConfig
+from compact_fast.lean import lean_inference
 from compact_fast.output import CompactOutput
 from compact_fast.students import check_head, inference
 from compact_fast.trainer.batching import batches_within, question_lengths, sequence_tokens
@@ -310,7 +311,7 @@ class _Scorer:
         """The rows of each question of one batch."""
         model = self.model
         inputs = to_device(self.collator(rows), next(model.parameters()).device)
-        with inference(model), heeding(model, self.collator.packing):
+        with inference(model), lean_inference(model), heeding(model, self.collator.packing):
             out = compact_step(
                 direct_body(model), model, inputs, config=self.config, backend=self.backend
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compact_fast.products import quick
 from compact_fast.scores import statistics_dtype
 
 BLOCK_BYTES = 8 << 20  # logits of a block of the vocabulary, to stay in cache
@@ -34,6 +35,12 @@ class Head:
             widest = UPCAST_BYTES // (weight.shape[1] * self.dtype.itemsize)
             self._widest = widest // ALIGNED * ALIGNED or max(1, widest)
         self._buffer = weight.new_empty((0, self.vocab), dtype=self.dtype)
+        self._quick = quick(self._buffer)
+
+    @property
+    def makes_memory(self) -> bool:
+        """Whether products come in memory of their own, whatever they are asked to write to."""
+        return self._quick is not None
 
     def blocks(self, rows: int) -> list[tuple[int, int]]:
         """The vocabulary in blocks for so many rows."""
@@ -45,11 +52,22 @@ class Head:
         """Rows a to b of W, in the dtype of the products."""
         return self.weight[a:b].to(self.dtype)
 
-    def multiply(self, x: Tensor, block: Tensor, a: int, out: Tensor) -> None:
-        """Logits of x [n, D] for the vocabulary block [w, D] that begins at a, into out [n, w]."""
-        torch.mm(x, block.T, out=out)
+    def multiply(self, x: Tensor, block: Tensor, a: int, out: Tensor | None) -> Tensor:
+        """Logits of x [n, D] for the vocabulary block [w, D] that begins at a: [n, w].
+
+        They are written into `out`, unless the head `makes_memory`.
+        """
+        z = torch.mm(x, block.T, out=out) if self._quick is None else self._quick(x, block)
         if self.bias is not None:
-            out += self.bias[a : a + block.shape[0]]
+            z += self.bias[a : a + block.shape[0]]
+        return z
+
+    def add_back(self, into: Tensor, g: Tensor, block: Tensor) -> None:
+        """Add g [n, w] times the vocabulary block [w, D] to `into` [n, D]."""
+        if self._quick is None:
+            into.addmm_(g, block)
+        else:
+            into += self._quick(g, block.T)
 
     def logits(self, x: Tensor) -> Tensor:  # [n, D] -> [n, V]
         """All logits of some rows, in a buffer that the next call overwrites."""
@@ -58,7 +76,9 @@ class Head:
             self._buffer = self.weight.new_empty((n, self.vocab), dtype=self.dtype)
         out, x = self._buffer[:n], x.to(self.dtype)
         for a, b in self.blocks(n):
-            self.multiply(x, self.block(a, b), a, out[:, a:b])
+            z = self.multiply(x, self.block(a, b), a, out[:, a:b])
+            if self.makes_memory:
+                out[:, a:b] = z
         return out
 
     def back_to_rows(self, parts: list[Tensor]) -> Tensor:  # [n, V] each -> [sum of n, D]
@@ -67,5 +87,5 @@ class Head:
         out = parts[0].new_zeros(n, self.width)
         for a, b in self.blocks(n):
             g = parts[0][:, a:b] if len(parts) == 1 else torch.cat([g[:, a:b] for g in parts])
-            out.addmm_(g, self.block(a, b))
+            self.add_back(out, g, self.block(a, b))
         return out

@@ -66,17 +66,21 @@ class RowPass:
         blocks = head.blocks(n) if held is None else held.blocks
         for i, (a, b) in enumerate(blocks):
             block = head.block(a, b)
-            z = self._room(rows.numel(), b - a) if held is None else held.places[i]
-            head.multiply(x, block, a, z)
+            place = None if held is None else held.places[i]
+            if place is None and not head.makes_memory:
+                place = self._room(rows.numel(), b - a)
+            z = head.multiply(x, block, a, place)
             if kept is not None:
                 kept[:, a:b] = z[at : at + kept.shape[0]]
             shrink = online.update(z, a)
             if held is not None:
                 held.peaks.append(online.peak)
+                if head.makes_memory:
+                    held.places[i].copy_(z)
             if sparse is not None:
                 sparse.take(z[: sparse.at.numel()], a, online)
             if back:
-                into.mul_(shrink[:back, None]).addmm_(z[:back], block)
+                head.add_back(into.mul_(shrink[:back, None]), z[:back], block)
         soft = online.finish() if again else online.record(rows, self.stats)
         if back:
             assert out is not None

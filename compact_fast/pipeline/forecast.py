@@ -19,7 +19,8 @@ from torch import Tensor
 
 from compact_fast.backends import Choice, choose
 from compact_fast.backends.torch_backend import ANSWER_BYTES, CHUNK_BYTES, HOLD_BYTES
-from compact_fast.lean_layers import make_lean
+from compact_fast.lean import make_lean
+from compact_fast.lean.kept import give_back, own_bytes
 from compact_fast.run_config import RunConfig
 from compact_fast.students import body_and_head, causal_model
 from compact_fast.trainer.batching import (
@@ -301,12 +302,13 @@ def _trial(
 def kept_bytes(model: Any, run: Callable[[], Tensor], *, autocast: bool = False) -> int:
     """Bytes that `run`, a pass of the body, keeps for its backward pass, weights left out."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, Tensor] = {}  # by address; held, so that none is used twice
+    kept: dict[int, tuple[int, Tensor]] = {}  # by address; held, so that none is used twice
 
     def keep(value: Tensor) -> Tensor:
         value = value.detach()  # or nodes would hold their own results, and nothing would be freed
+        address, size = own_bytes(value)
         if value.untyped_storage().data_ptr() not in weights:
-            kept[value.untyped_storage().data_ptr()] = value
+            kept[address] = (size, value)
         return value
 
     with (
@@ -314,7 +316,7 @@ def kept_bytes(model: Any, run: Callable[[], Tensor], *, autocast: bool = False)
         torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value),
     ):
         run()
-    return sum(value.untyped_storage().nbytes() for value in kept.values())
+    return sum(size for size, _ in kept.values())
 
 
 def grown_bytes(
@@ -347,6 +349,7 @@ def grown_bytes(
 def _give_back() -> None:
     """Return freed memory to the system, where the C library can."""
     gc.collect()
+    give_back()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -23,12 +23,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from compact_fast.lean.attention import Tree, attend, can_attend
 from compact_fast.students import causal_model
 
 NAME = "compact_fast_segments"
-Tree = tuple[int, ...]
-"""Lengths: of a prompt, then of each rationale behind it. A plain sequence is a tree of one."""
-
+_KNOWN = {
+    *("dropout", "scaling", "is_causal", "sliding_window"),
+    *("position_ids", "use_cache", "cache_position"),  # handed through, read by no attention
+}
 seen_windows: list[int | None] | None = None
 """While a list: the sliding window of each call that had trees, for the trial of a student."""
 
@@ -49,11 +51,14 @@ def segment_attention(
     window = kwargs.get("sliding_window")
     if seen_windows is not None:
         seen_windows.append(window)
+    plain = kwargs.keys() <= _KNOWN and not kwargs.get("dropout")
+    if plain and can_attend(query, key, value):
+        return attend(query, key, value, compact_trees, window, kwargs.get("scaling")), None
     kwargs.pop("is_causal", None)
     sizes = [size for tree in compact_trees for size in tree]
     queries, keys, values = (torch.split(x, sizes, dim=2) for x in (query, key, value))
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         new, all_ = q.shape[2], k.shape[2]
         masked = new < all_ or (window is not None and all_ > window)
         mask = _mask(new, all_, window, q.device) if masked else None
@@ -66,12 +71,12 @@ def segment_attention(
     for prompt, *rationales in compact_trees:
         root = i
         if prompt:
-            out.append(attend(queries[i], keys[i], values[i]))
+            out.append(one(queries[i], keys[i], values[i]))
         for _ in rationales:
             i += 1
             k = torch.cat([keys[root], keys[i]], 2) if prompt else keys[i]
             v = torch.cat([values[root], values[i]], 2) if prompt else values[i]
-            out.append(attend(queries[i], k, v))
+            out.append(one(queries[i], k, v))
         i += 1
     return torch.cat(out, 1), None
 

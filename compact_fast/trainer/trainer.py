@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from compact_fast.backends import choose
 from compact_fast.evaluate.rationales import rationale_nll
 from compact_fast.inputs import mi_is_used
-from compact_fast.lean_layers import make_lean
+from compact_fast.lean import make_lean
 from compact_fast.sharded_head import is_dtensor
 from compact_fast.students import (
     attention_projections,

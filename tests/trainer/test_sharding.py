@@ -83,8 +83,9 @@ def assert_same_weights(one: dict[str, Tensor], other: Any, tolerance: float = 1
 
 # Student, settings, and what differs between one process and each of two.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    # Adam's first steps magnify the rounding of gradients near 0
     "tied, accumulated and clipped": (
-        {},
+        {"dtype": torch.float64},
         {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 0.05},
         {"per_device_train_batch_size": 8},
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},

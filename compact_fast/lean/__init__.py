@@ -1,0 +1,71 @@
+"""Layers of a student that keep less for the backward pass, with the numbers they had.
+
+    LoRA layers   the input itself, or what it was made from, and a mask of a bit an entry
+    gated MLPs    gate and up, not silu(gate) and the product
+    RMS norms     their input
+
+What is kept on a CPU lies in memory of its own (`kept`), so that it leaves no holes in the heap.
+
+Layers are changed one instance at a time, and only those whose arithmetic is known: what differs
+in any way (another base layer, several adapters, DoRA, compilation, evaluation) runs as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from compact_fast.lean.blocks import is_gated_mlp, is_norm, mlp_forward, norm_forward
+from compact_fast.lean.kept import settle
+from compact_fast.lean.projection import is_lora, lora_forward
+
+
+def make_lean(model: nn.Module) -> int:
+    """Let the model's layers keep less; returns how many now do."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer) and not _settles(layer):
+            layer.register_forward_hook(_settle_output)
+    return len(_replace_forwards(model))
+
+
+@contextmanager
+def lean_inference(model: nn.Module) -> Iterator[None]:
+    """Inside, where nothing is kept, layers have the numbers they would have in training."""
+    changed = _replace_forwards(model)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def _replace_forwards(model: nn.Module) -> list[nn.Module]:
+    changed = []
+    kinds = ((is_lora, lora_forward), (is_gated_mlp, mlp_forward), (is_norm, norm_forward))
+    for module in model.modules():
+        if "forward" in vars(module):  # ours, or somebody else's
+            continue
+        found = next((forward for fits, forward in kinds if fits(module)), None)
+        if found is not None:
+            module.forward = MethodType(found, module)
+            changed.append(module)
+    return changed
+
+
+def _settles(layer: nn.Module) -> bool:
+    return _settle_output in layer._forward_hooks.values()
+
+
+def _settle_output(layer: Any, args: Any, output: Any) -> Any:
+    """A layer's output, on a CPU, where it will be kept."""
+    if not isinstance(output, Tensor) or output.device.type != "cpu":
+        return None
+    if not output.requires_grad or torch.compiler.is_compiling():
+        return None
+    return settle(output, recomputed=layer.training and layer.gradient_checkpointing)

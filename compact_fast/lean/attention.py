@@ -1,0 +1,157 @@
+"""Attention by segments on a CPU, one step of autograd for a whole row.
+
+torch's attention keeps queries, keys and values of every call: with grouped heads the keys
+repeated for each head, and with a shared prompt its keys again for each rationale. Here the row's
+own are kept once, and each call's are put together again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from compact_fast.lean.kept import keep, lasting
+
+Tree = tuple[int, ...]
+"""Lengths: of a prompt, then of each rationale behind it. A plain sequence is a tree of one."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens that see the root before them, if any, and each other causally."""
+
+    root: slice
+    own: slice
+
+    @property
+    def sees(self) -> int:
+        """So many tokens at most."""
+        return _length(self.root) + _length(self.own)
+
+    def of(self, x: Tensor) -> Tensor:  # [1, heads, N, d] -> [1, heads, sees, d]
+        """What the segment sees of keys or values."""
+        if self.root.stop == self.own.start:
+            return x[:, :, self.root.start : self.own.stop]
+        own = x[:, :, self.own]
+        return torch.cat([x[:, :, self.root], own], 2) if _length(self.root) else own
+
+    def add(self, into: Tensor, gradient: Tensor) -> None:
+        """Add a gradient by `of(x)` to the gradient by x."""
+        P = _length(self.root)
+        if P:
+            into[:, :, self.root] += gradient[:, :, :P]
+        into[:, :, self.own] += gradient[:, :, P:]
+
+
+def _length(places: slice) -> int:
+    return int(places.stop) - int(places.start)
+
+
+def segments(trees: Sequence[Tree]) -> Iterator[Segment]:
+    """The segments of a row, one behind another."""
+    at = 0
+    for prompt, *rationales in trees:
+        root = slice(at, at + prompt)
+        if prompt:
+            yield Segment(slice(at, at), root)
+        at += prompt
+        for n in rationales:
+            yield Segment(root, slice(at, at + n))
+            at += n
+
+
+def can_attend(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `attend` takes such tensors."""
+    return (
+        query.device.type == "cpu"
+        and query.dtype == key.dtype == value.dtype
+        and query.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
+        and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def attend(
+    query: Tensor,  # [1, heads, N, d]
+    key: Tensor,  # [1, kv_heads, N, d]
+    value: Tensor,  # [1, kv_heads, N, d]
+    trees: Sequence[Tree],
+    window: int | None,
+    scale: float | None,
+) -> Tensor:  # [1, N, heads, d]
+    """Attention of each segment over what it sees; `window`: of so many tokens at most."""
+    return cast(Tensor, _Attention.apply(query, key, value, tuple(trees), window, scale))  # type: ignore[no-untyped-call]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        trees: tuple[Tree, ...],
+        window: int | None,
+        scale: float | None,
+    ) -> Tensor:
+        rows = any(ctx.needs_input_grad)
+        _, heads, N, d = query.shape
+        shape = (1, N, heads, d)
+        out = lasting(shape, query) if rows else query.new_empty(shape)
+        sums = []
+        for s in segments(trees):
+            how = _causal(s, window, query.dtype)
+            found, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query[:, :, s.own], s.of(key), s.of(value), 0.0, how is None,
+                attn_mask=how, scale=scale,
+            )  # fmt: skip
+            out[:, s.own] = found.transpose(1, 2)
+            sums.append(logsumexp)
+        if rows:
+            kept = (keep(x.transpose(1, 2)) for x in (query, key, value))
+            ctx.save_for_backward(*kept, out, keep(torch.cat(sums, 2)))
+            ctx.trees, ctx.window, ctx.scale = trees, window, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, logsumexp = ctx.saved_tensors
+        grad, query, key, value, out = (t.transpose(1, 2) for t in (grad, query, key, value, out))
+        g_query, g_key, g_value = (torch.zeros_like(t) for t in (query, key, value))
+        for s in segments(ctx.trees):
+            how = _causal(s, ctx.window, query.dtype)
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad[:, :, s.own], query[:, :, s.own], s.of(key), s.of(value),
+                out[:, :, s.own], logsumexp[:, :, s.own].contiguous(), 0.0, how is None,
+                attn_mask=how, scale=ctx.scale,
+            )  # fmt: skip
+            g_query[:, :, s.own] = found[0]
+            s.add(g_key, found[1])
+            s.add(g_value, found[2])
+        return g_query, g_key, g_value, None, None, None
+
+
+def _causal(s: Segment, window: int | None, dtype: torch.dtype) -> Tensor | None:
+    """The segment's mask; None: each token sees those up to itself."""
+    new = _length(s.own)
+    if new == s.sees and (window is None or s.sees <= window):
+        return None
+    return _mask(new, s.sees, window, dtype)
+
+
+@lru_cache(maxsize=128)
+def _mask(new: int, all_: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[1, 1, new, all_]: 0 where the last `new` of `all_` tokens see what lies before them."""
+    seen = torch.ones((new, all_), dtype=torch.bool).tril_(all_ - new)
+    if window is not None:
+        seen.triu_(all_ - new - window + 1)
+    mask = torch.zeros((1, 1, new, all_), dtype=dtype)
+    return mask.masked_fill_(~seen, -torch.inf)

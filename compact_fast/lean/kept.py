@@ -1,0 +1,143 @@
+"""Memory for what a forward pass keeps until the backward pass, on a CPU.
+
+The C library gives tensors of a few megabytes from one heap. Where those that last lie among
+those that are gone a moment later, holes remain that nothing fits, and a process comes to take
+several times what it holds. What lasts is therefore copied into chunks of its own: a chunk is used
+again once no tensor in it is left.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from itertools import accumulate
+from operator import mul
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 32 << 20
+ALIGNED = 64  # bytes; a cache line
+
+
+class Kept:
+    """Chunks, filled from front to back, each used again when all that lay in it is gone."""
+
+    def __init__(self) -> None:
+        self._all: list[mmap.mmap] = []
+        self._storages: set[int] = set()  # addresses of the chunks' storages
+        self._now: torch.UntypedStorage | None = None
+        self._used = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor that nothing has been written to."""
+        size = dtype.itemsize
+        for n in shape:
+            size *= n
+        if self._now is None or self._used + size > self._now.nbytes():
+            self._now, self._used = None, 0  # let go of it, for it may be the one to use again
+            self._now = self._chunk(size)
+        # set_, not a view: views count each other's changes in place as their own
+        made = torch.empty(0, dtype=dtype)
+        made.set_(self._now, self._used // dtype.itemsize, shape, _strides(shape))
+        self._used += -(-size // ALIGNED) * ALIGNED
+        return made
+
+    def holds(self, t: Tensor) -> bool:
+        """Whether a tensor lies in one of the chunks."""
+        return t.device.type == "cpu" and t.untyped_storage().data_ptr() in self._storages
+
+    def give_back(self) -> None:
+        """Return chunks in which nothing is left to the system."""
+        self._now = None
+        self._all = [memory for memory in self._all if sys.getrefcount(memory) > 3]
+
+    def _chunk(self, size: int) -> torch.UntypedStorage:
+        for memory in self._all:
+            # this list, the loop's name, the argument: whoever else refers to it is a storage
+            if sys.getrefcount(memory) == 3 and len(memory) >= size:
+                break
+        else:
+            memory = _map(max(CHUNK_BYTES, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE))
+            self._all.append(memory)
+        storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+        self._storages.add(storage.data_ptr())
+        return storage
+
+
+def _map(size: int) -> mmap.mmap:
+    """Memory of this process alone: a forked one has its own from then on."""
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if sys.platform == "linux":
+        memory.madvise(mmap.MADV_HUGEPAGE)  # one fault for 2 MiB, not 512
+    return memory
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return tuple(accumulate(reversed(shape[1:]), mul, initial=1))[::-1] if shape else ()
+
+
+_LASTING = Kept()
+# What lasts longer than the rest would hold its chunks back:
+_GRADIENTS = Kept()  # until the optimizer's step
+_RECOMPUTED_FROM = Kept()  # while all else of a layer goes and is made again
+_EVERY = (_LASTING, _GRADIENTS, _RECOMPUTED_FROM)
+
+
+def lasting(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Memory for a tensor that will be kept."""
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    return _LASTING.empty(shape, like.dtype)
+
+
+def settle(t: Tensor, *, recomputed: bool) -> Tensor:
+    """What leads from one layer to the next, where it will be kept; with autograd.
+
+    `recomputed`: it is all that is kept of its layer.
+    """
+    return cast(Tensor, _Settle.apply(t, _RECOMPUTED_FROM if recomputed else _LASTING))  # type: ignore[no-untyped-call]
+
+
+class _Settle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, where: Kept) -> Tensor:
+        return where.empty(tuple(t.shape), t.dtype).copy_(t)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def keep(t: Tensor) -> Tensor:
+    """The tensor as it is to be kept: on a CPU a copy in memory that lasts, unless it lies there;
+    else another name for the same memory."""
+    if t.device.type != "cpu" or _LASTING.holds(t) or _RECOMPUTED_FROM.holds(t):
+        same = t.new_empty(0)
+        return same.set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
+    return lasting(tuple(t.shape), t).copy_(t)
+
+
+def own_bytes(t: Tensor) -> tuple[int, int]:
+    """(address, bytes) of the memory that goes when t goes and nothing else refers to it."""
+    if any(kept.holds(t) for kept in _EVERY):
+        return t.data_ptr(), t.nbytes
+    storage = t.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
+
+
+def give_back() -> None:
+    """Return memory that nothing is kept in any more to the system."""
+    for kept in _EVERY:
+        kept.give_back()
+
+
+def keep_gradient(g: Tensor) -> Tensor:
+    """A parameter's gradient, which lasts until the optimizer's step; contiguous."""
+    if g.device.type != "cpu":
+        return g
+    return _GRADIENTS.empty(tuple(g.shape), g.dtype).copy_(g)

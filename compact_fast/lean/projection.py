@@ -1,0 +1,195 @@
+"""Linear layers, with a LoRA adapter or without, that keep little for the backward pass.
+
+peft's LoRA layer keeps the dropped input and a float mask, 8 bytes for every number it reads, for
+each of the seven projections of a block. Here projections share their input, or what it was made
+from, and a mask takes one bit on a CPU; the update is added in place. On a CPU dropout's random
+bits, which torch draws one by one, come 64 at a time from a generator seeded by torch's: a seed
+still fixes every number, and recomputation repeats them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from compact_fast.lean.kept import keep, keep_gradient
+from compact_fast.lean.sources import source_of
+from compact_fast.products import quick
+
+_BITS = 1 << 16  # a unit is kept where 16 random bits lie below its share of them
+
+
+def is_lora(module: nn.Module) -> bool:
+    """Whether it is peft's LoRA layer over a plain linear one."""
+    kind = type(module)
+    return (kind.__module__, kind.__name__) == ("peft.tuners.lora.layer", "Linear") and type(
+        getattr(module, "base_layer", None)
+    ) is nn.Linear
+
+
+def lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A LoRA layer's forward; as it was wherever anything is out of the ordinary."""
+    name = _plain_adapter(self) if not (args or kwargs) else None
+    base = self.base_layer
+    if name is None or torch.compiler.is_compiling():
+        return cast(Tensor, type(self).forward(self, x, *args, **kwargs))
+    a, b = self.lora_A[name].weight, self.lora_B[name].weight
+    w, bias = base.weight, base.bias
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, a, b, w = (t.to(dtype) for t in (x, a, b, w))
+        bias = None if bias is None else bias.to(dtype)
+    if not x.dtype == a.dtype == b.dtype == w.dtype:
+        return cast(Tensor, type(self).forward(self, x))
+    dropout = self.lora_dropout[name]
+    share = 1.0 - dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 1.0
+    mask, share = keep_mask(x, share) if share < 1.0 else (None, 1.0)
+    scale = self.scaling[name] / share if share > 0 else 0.0
+    return _project(x, w, bias, a, b, mask, scale)
+
+
+def _plain_adapter(layer: Any) -> str | None:
+    """The one active adapter of a plain LoRA layer, or None."""
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
+    name: str = layer.active_adapters[0]
+    if (
+        name not in layer.lora_A
+        or name in layer.lora_variant
+        or layer.lora_B[name].bias is not None
+        or has_hooks(layer.base_layer)
+        or any(p.requires_grad for p in layer.base_layer.parameters())
+    ):
+        return None
+    if not isinstance(layer.lora_dropout[name], (nn.Dropout, nn.Identity)):
+        return None
+    return name
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to know when the module is called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def keep_mask(x: Tensor, share: float) -> tuple[Tensor, float]:
+    """(mask like x, uint8: 1 with probability `share`; the probability it really has)."""
+    if x.device.type != "cpu":
+        return (torch.rand(x.shape, device=x.device) < share).view(torch.uint8), share
+    most = round(share * _BITS)
+    seed = int(torch.randint(1 << 62, ()))
+    words = np.random.SFC64(seed).random_raw(-(-x.numel() // 4))
+    bits = words.view(np.uint16)[: x.numel()]
+    kept = np.ones(x.shape, np.bool_) if most == _BITS else (bits < most).reshape(x.shape)
+    return torch.from_numpy(kept).view(torch.uint8), most / _BITS
+
+
+def _packed(mask: Tensor) -> Tensor:
+    """A mask as it is kept: on a CPU a bit an entry."""
+    if mask.device.type != "cpu":
+        return mask
+    return keep(torch.from_numpy(np.packbits(mask.numpy().reshape(-1))))
+
+
+def _unpacked(kept: Tensor, shape: torch.Size) -> Tensor:
+    """The mask that `_packed` was given."""
+    if kept.device.type != "cpu":
+        return kept
+    return torch.from_numpy(np.unpackbits(kept.numpy(), count=shape.numel())).view(shape)
+
+
+def _project(
+    x: Tensor,  # [..., in]
+    w: Tensor,  # [out, in], frozen
+    bias: Tensor | None,  # [out], frozen
+    a: Tensor,  # [r, in]
+    b: Tensor,  # [out, r]
+    mask: Tensor | None,  # [..., in] uint8
+    scale: float,
+) -> Tensor:  # [..., out]
+    """x w^T + bias + scale · (mask ∘ x) a^T b^T."""
+    if not torch.is_grad_enabled():
+        return _products(x, w, bias, a, b, mask, scale)[0]
+    source = source_of(x)
+    make, parts = (None, (x,)) if source is None else (source.make, source.parts)
+    return cast(
+        Tensor,
+        _Projection.apply(x, w, bias, a, b, mask, scale, make, *parts),  # type: ignore[no-untyped-call]
+    )
+
+
+def _products(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """What `_project` returns, and (mask ∘ x) a^T [N, r]."""
+    product = quick(x)
+    if product is None:
+        out = nn.functional.linear(x, w, bias)
+    else:
+        out = product(x, w)
+        if bias is not None:
+            out += bias
+    low = (x if mask is None else x * mask).reshape(-1, a.shape[1]) @ a.T
+    out.view(-1, b.shape[0]).addmm_(low, b.T, alpha=scale)
+    return out, low
+
+
+class _Projection(torch.autograd.Function):
+    """`_project`. It keeps x, or the parts that `make` makes it of."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        make: Callable[..., Tensor] | None,
+        *parts: Tensor,
+    ) -> Tensor:
+        out, low = _products(x, w, bias, a, b, mask, scale)
+        kept = parts if make is not None else (keep(x),)
+        bits = None if mask is None else _packed(mask)
+        ctx.save_for_backward(w, a, b, keep(low), bits, *kept)
+        ctx.scale, ctx.make, ctx.shape = scale, make, x.shape
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        w, a, b, low, bits, *kept = ctx.saved_tensors
+        mask = None if bits is None else _unpacked(bits, ctx.shape)
+        g = grad.reshape(-1, b.shape[0])
+        g_low = (g @ b) * ctx.scale  # [N, r]
+        g_x = g_a = g_b = None
+        if ctx.needs_input_grad[4]:
+            g_b = keep_gradient(((low * ctx.scale).T @ g).T)
+        if ctx.needs_input_grad[3]:
+            x = kept[0] if ctx.make is None else ctx.make(*kept)
+            x = x if mask is None else x * mask
+            g_a = keep_gradient(g_low.T @ x.reshape(-1, a.shape[1]))
+        if ctx.needs_input_grad[0]:
+            product = quick(g)
+            g_x = (g @ w if product is None else product(g, w.T)).view(ctx.shape)
+            update = (g_low @ a).view(ctx.shape)
+            g_x += update if mask is None else update.mul_(mask)
+        others = (None,) * (5 + len(kept) - 1)
+        return g_x, None, None, g_a, g_b, *others
