@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+import threading
 from itertools import accumulate
 from operator import mul
 from typing import Any, cast
@@ -21,12 +22,15 @@ CHUNK_BYTES = 32 << 20
 ALIGNED = 64  # bytes; a cache line
 
 
-class Kept:
-    """Chunks, filled from front to back, each used again when all that lay in it is gone."""
+class Kept(threading.local):
+    """Chunks, filled from front to back, each used again when all that lay in it is gone.
+
+    Every thread has its own.
+    """
 
     def __init__(self) -> None:
         self._all: list[mmap.mmap] = []
-        self._storages: set[int] = set()  # addresses of the chunks' storages
+        self._addresses: list[int] = []  # of the chunks
         self._now: torch.UntypedStorage | None = None
         self._used = 0
 
@@ -46,24 +50,36 @@ class Kept:
 
     def holds(self, t: Tensor) -> bool:
         """Whether a tensor lies in one of the chunks."""
-        return t.device.type == "cpu" and t.untyped_storage().data_ptr() in self._storages
+        return t.device.type == "cpu" and t.untyped_storage().data_ptr() in self._addresses
 
     def give_back(self) -> None:
         """Return chunks in which nothing is left to the system."""
         self._now = None
-        self._all = [memory for memory in self._all if sys.getrefcount(memory) > 3]
+        for i in reversed(range(len(self._all))):
+            if _references(self._all, i) == _ALONE:
+                del self._all[i], self._addresses[i]
 
     def _chunk(self, size: int) -> torch.UntypedStorage:
-        for memory in self._all:
-            # this list, the loop's name, the argument: whoever else refers to it is a storage
-            if sys.getrefcount(memory) == 3 and len(memory) >= size:
-                break
-        else:
-            memory = _map(max(CHUNK_BYTES, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE))
-            self._all.append(memory)
-        storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
-        self._storages.add(storage.data_ptr())
+        for i in range(len(self._all)):
+            if _references(self._all, i) == _ALONE and len(self._all[i]) >= size:
+                return _storage(self._all[i])
+        memory = _map(max(CHUNK_BYTES, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE))
+        storage = _storage(memory)
+        self._all.append(memory)
+        self._addresses.append(storage.data_ptr())
         return storage
+
+
+def _references(memories: list[mmap.mmap], i: int) -> int:
+    """How many refer to a piece of memory; a storage over it, as long as it lives, is one."""
+    return sys.getrefcount(memories[i])
+
+
+_ALONE = _references([mmap.mmap(-1, mmap.PAGESIZE)], 0)  # the list alone, as this Python counts
+
+
+def _storage(memory: mmap.mmap) -> torch.UntypedStorage:
+    return torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
 
 
 def _map(size: int) -> mmap.mmap:

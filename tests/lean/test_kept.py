@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 
 import pytest
 import torch
@@ -54,6 +55,37 @@ def test_a_tensor_larger_than_a_chunk_has_one_of_its_own():
     t = kept.empty((CHUNK_BYTES // 4 + 3,), torch.float32).fill_(1)
     assert kept.empty((3,), torch.float32).data_ptr() != t.data_ptr()
     assert float(t.sum()) == t.numel()
+
+
+def test_memory_is_given_back_once_nothing_is_left():
+    kept = Kept()
+    a = kept.empty((MEGABYTE,), torch.float32)
+    b = [kept.empty((MEGABYTE,), torch.float32) for _ in range(20)]
+    assert len(kept._all) == 3
+    del b
+    kept.give_back()
+    assert len(kept._all) == 1
+    assert kept.holds(a)
+    del a
+    kept.give_back()
+    assert kept._all == kept._addresses == []
+    assert kept.empty((2,), torch.float32).fill_(1).tolist() == [1, 1]
+
+
+def test_threads_do_not_share_chunks():
+    kept, found = Kept(), []
+
+    def work(i: int) -> None:
+        mine = [kept.empty((1000,), torch.float32).fill_(i) for _ in range(200)]
+        found.append(all(bool((t == i).all()) for t in mine))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert found == [True] * 4
+    assert kept._all == []  # this thread's
 
 
 def test_changes_in_place_count_for_one_tensor_alone():
