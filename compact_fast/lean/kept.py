@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 32 << 20
+LEAST_BYTES, MOST_BYTES = 4 << 20, 32 << 20  # of a chunk: as much again as there is already
 ALIGNED = 64  # bytes; a cache line
 
 
@@ -63,7 +63,8 @@ class Kept(threading.local):
         for i in range(len(self._all)):
             if _references(self._all, i) == _ALONE and len(self._all[i]) >= size:
                 return _storage(self._all[i])
-        memory = _map(max(CHUNK_BYTES, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE))
+        usual = min(max(LEAST_BYTES, sum(map(len, self._all))), MOST_BYTES)
+        memory = _map(max(usual, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE))
         storage = _storage(memory)
         self._all.append(memory)
         self._addresses.append(storage.data_ptr())
