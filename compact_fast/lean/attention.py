@@ -41,6 +41,13 @@ class Segment:
         own = x[:, :, self.own]
         return torch.cat([x[:, :, self.root], own], 2) if _length(self.root) else own
 
+    def mask(self, window: int | None, device: torch.device) -> Tensor | None:
+        """[1, 1, own, sees] bool: what each token sees; None: those up to itself."""
+        new = _length(self.own)
+        if new == self.sees and (window is None or self.sees <= window):
+            return None
+        return _mask(new, self.sees, window, device)
+
     def add(self, into: Tensor, gradient: Tensor) -> None:
         """Add a gradient by `of(x)` to the gradient by x."""
         P = _length(self.root)
@@ -107,7 +114,7 @@ class _Attention(torch.autograd.Function):
         out = lasting(shape, query) if rows else query.new_empty(shape)
         sums = []
         for s in segments(trees):
-            how = _causal(s, window, query.dtype)
+            how = _added(s, window, query)
             found, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 query[:, :, s.own], s.of(key), s.of(value), 0.0, how is None,
                 attn_mask=how, scale=scale,
@@ -127,7 +134,7 @@ class _Attention(torch.autograd.Function):
         grad, query, key, value, out = (t.transpose(1, 2) for t in (grad, query, key, value, out))
         g_query, g_key, g_value = (torch.zeros_like(t) for t in (query, key, value))
         for s in segments(ctx.trees):
-            how = _causal(s, ctx.window, query.dtype)
+            how = _added(s, ctx.window, query)
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad[:, :, s.own], query[:, :, s.own], s.of(key), s.of(value),
                 out[:, :, s.own], logsumexp[:, :, s.own].contiguous(), 0.0, how is None,
@@ -139,19 +146,24 @@ class _Attention(torch.autograd.Function):
         return g_query, g_key, g_value, None, None, None
 
 
-def _causal(s: Segment, window: int | None, dtype: torch.dtype) -> Tensor | None:
-    """The segment's mask; None: each token sees those up to itself."""
-    new = _length(s.own)
-    if new == s.sees and (window is None or s.sees <= window):
-        return None
-    return _mask(new, s.sees, window, dtype)
+@lru_cache(maxsize=128)
+def _mask(new: int, all_: int, window: int | None, device: torch.device) -> Tensor:
+    """[1, 1, new, all_] bool: the last `new` of `all_` tokens see what lies before them."""
+    mask = torch.ones((new, all_), dtype=torch.bool, device=device).tril_(all_ - new)
+    if window is not None:
+        mask.triu_(all_ - new - window + 1)
+    return mask[None, None]
+
+
+def _added(s: Segment, window: int | None, like: Tensor) -> Tensor | None:
+    """The segment's mask as it is added to scores: 0 or -inf."""
+    mask = s.mask(window, like.device)
+    return None if mask is None else _added_mask(*mask.shape[2:], window, like.dtype, like.device)
 
 
 @lru_cache(maxsize=128)
-def _mask(new: int, all_: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """[1, 1, new, all_]: 0 where the last `new` of `all_` tokens see what lies before them."""
-    seen = torch.ones((new, all_), dtype=torch.bool).tril_(all_ - new)
-    if window is not None:
-        seen.triu_(all_ - new - window + 1)
-    mask = torch.zeros((1, 1, new, all_), dtype=dtype)
-    return mask.masked_fill_(~seen, -torch.inf)
+def _added_mask(
+    new: int, all_: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    mask = _mask(new, all_, window, device)
+    return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, -torch.inf)

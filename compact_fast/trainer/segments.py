@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from compact_fast.lean.attention import Tree, attend, can_attend
+from compact_fast.lean.attention import Tree, attend, can_attend, segments
 from compact_fast.students import causal_model
 
 NAME = "compact_fast_segments"
@@ -55,39 +54,12 @@ def segment_attention(
     if plain and can_attend(query, key, value):
         return attend(query, key, value, compact_trees, window, kwargs.get("scaling")), None
     kwargs.pop("is_causal", None)
-    sizes = [size for tree in compact_trees for size in tree]
-    queries, keys, values = (torch.split(x, sizes, dim=2) for x in (query, key, value))
-
-    def one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        new, all_ = q.shape[2], k.shape[2]
-        masked = new < all_ or (window is not None and all_ > window)
-        mask = _mask(new, all_, window, q.device) if masked else None
-        out: Tensor = sdpa_attention_forward(module, q, k, v, mask, is_causal=not masked, **kwargs)[
-            0
-        ]
-        return out
-
-    out, i = [], 0
-    for prompt, *rationales in compact_trees:
-        root = i
-        if prompt:
-            out.append(one(queries[i], keys[i], values[i]))
-        for _ in rationales:
-            i += 1
-            k = torch.cat([keys[root], keys[i]], 2) if prompt else keys[i]
-            v = torch.cat([values[root], values[i]], 2) if prompt else values[i]
-            out.append(one(queries[i], k, v))
-        i += 1
+    out = []
+    for s in segments(compact_trees):
+        mask = s.mask(window, query.device)
+        part = (query[:, :, s.own], s.of(key), s.of(value), mask)
+        out.append(sdpa_attention_forward(module, *part, is_causal=mask is None, **kwargs)[0])
     return torch.cat(out, 1), None
-
-
-@lru_cache(maxsize=128)
-def _mask(new: int, all_: int, window: int | None, device: torch.device) -> Tensor:
-    """[1, 1, new, all_] bool: the last `new` of `all_` tokens see what lies before them."""
-    mask = torch.ones((new, all_), dtype=torch.bool, device=device).tril_(all_ - new)
-    if window is not None:
-        mask.triu_(all_ - new - window + 1)
-    return mask[None, None]
 
 
 AttentionInterface.register(NAME, segment_attention)
