@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "consensus.h"
+#include "dropout.h"
 #include "parallel.h"
 #include "row_softmax.h"
 #include "simd.h"
@@ -19,7 +20,7 @@ using namespace compact;
 
 namespace {
 
-constexpr int kAbi = 3;
+constexpr int kAbi = 4;
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
@@ -351,6 +352,21 @@ void softmax_rows(std::uintptr_t z, std::ptrdiff_t stride, std::int64_t n, std::
 }
 #endif
 
+#if COMPACT_DROPOUT
+void dropout_draw(std::uintptr_t state, std::uint32_t most, std::uintptr_t bits, std::int64_t n) {
+  py::gil_scoped_release release;
+  draw_bits(reinterpret_cast<const std::uint64_t*>(state), most,
+            reinterpret_cast<std::uint8_t*>(bits), n);
+}
+
+void dropout_apply(std::uintptr_t x, int size, std::uintptr_t bits, std::uintptr_t out,
+                   std::int64_t n, int threads) {
+  py::gil_scoped_release release;
+  apply_bits(reinterpret_cast<const void*>(x), size, reinterpret_cast<const std::uint8_t*>(bits),
+             reinterpret_cast<void*>(out), n, threads);
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -366,5 +382,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("score_graphs", &score_graphs);
 #if COMPACT_ROW_SOFTMAX
   m.def("softmax_rows", &softmax_rows);
+#endif
+#if COMPACT_DROPOUT
+  m.def("dropout_draw", &dropout_draw);
+  m.def("dropout_apply", &dropout_apply);
 #endif
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from compact_fast.lean.heap import can_trim, trim
 
 
 def rise_mb(run: Callable[[], object], device: torch.device) -> float | None:
@@ -39,10 +40,9 @@ def _forget_peak() -> bool:
     """Linux lets a process forget its high-water mark; memory that was freed is given back first,
     or a run that takes it again would seem to need none."""
     gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):  # not glibc
+    if not can_trim():
         return False
+    trim()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -8,13 +8,14 @@ What is kept on a CPU lies in memory of its own (`kept`), so that it leaves no h
 
 Layers are changed one instance at a time, and only those whose arithmetic is known: what differs
 in any way (another base layer, several adapters, DoRA, compilation, evaluation) runs as it was.
+What they cannot do: a second derivative.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def _replace_forwards(model: nn.Module) -> list[nn.Module]:
             continue
         found = next((forward for fits, forward in kinds if fits(module)), None)
         if found is not None:
-            module.forward = MethodType(found, module)
+            module.forward = partial(found, module)  # a method would not be unpickled
             changed.append(module)
     return changed
 
@@ -64,8 +65,8 @@ def _settles(layer: nn.Module) -> bool:
 
 def _settle_output(layer: Any, args: Any, output: Any) -> Any:
     """A layer's output, on a CPU, where it will be kept."""
-    if not isinstance(output, Tensor) or output.device.type != "cpu":
+    if not isinstance(output, Tensor) or not output.requires_grad:
         return None
-    if not output.requires_grad or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return None
     return settle(output, recomputed=layer.training and layer.gradient_checkpointing)

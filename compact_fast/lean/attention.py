@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -43,10 +42,17 @@ class Segment:
 
     def mask(self, window: int | None, device: torch.device) -> Tensor | None:
         """[1, 1, own, sees] bool: what each token sees; None: those up to itself."""
-        new = _length(self.own)
-        if new == self.sees and (window is None or self.sees <= window):
+        return self._mask(window, device, torch.bool)
+
+    def added_mask(self, window: int | None, like: Tensor) -> Tensor | None:
+        """The same as it is added to scores: 0 or -inf."""
+        return self._mask(window, like.device, like.dtype)
+
+    def _mask(self, window: int | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        new, root = _length(self.own), _length(self.root)
+        if not root and (window is None or new <= window):
             return None
-        return _mask(new, self.sees, window, device)
+        return masks.of(new, root, window, device, dtype)
 
     def add(self, into: Tensor, gradient: Tensor) -> None:
         """Add a gradient by `of(x)` to the gradient by x."""
@@ -54,6 +60,44 @@ class Segment:
         if P:
             into[:, :, self.root] += gradient[:, :, :P]
         into[:, :, self.own] += gradient[:, :, P:]
+
+
+class Masks:
+    """Of every kind one matrix, of which masks are parts: who sees whom depends on the distance."""
+
+    def __init__(self) -> None:
+        self._whole: dict[tuple[int | None, torch.device, torch.dtype], Tensor] = {}
+
+    def of(
+        self, new: int, root: int, window: int | None, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """[1, 1, new, root + new]: bool, or 0 and -inf of another dtype."""
+        kind = window, device, dtype
+        whole = self._whole.get(kind, torch.empty(0, 0))
+        news, roots = whole.shape[0], whole.shape[1] - whole.shape[0]
+        if new > news or root > roots:
+            news, roots = max(news, _rounded(new)), max(roots, _rounded(root))
+            whole = self._whole[kind] = _whole_mask(news, roots, window, device, dtype)
+        return whole[None, None, :new, roots - root : roots + new]
+
+
+masks = Masks()
+
+
+def _rounded(n: int) -> int:
+    """Up, so that lengths that grow slowly make few matrices."""
+    return -(-n // 64) * 64
+
+
+def _whole_mask(
+    new: int, root: int, window: int | None, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    seen = torch.ones((new, root + new), dtype=torch.bool, device=device).tril_(root)
+    if window is not None:
+        seen.triu_(root - window + 1)
+    if dtype == torch.bool:
+        return seen
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
 
 
 def _length(places: slice) -> int:
@@ -69,7 +113,8 @@ def segments(trees: Sequence[Tree]) -> Iterator[Segment]:
             yield Segment(slice(at, at), root)
         at += prompt
         for n in rationales:
-            yield Segment(root, slice(at, at + n))
+            if n:
+                yield Segment(root, slice(at, at + n))
             at += n
 
 
@@ -78,6 +123,7 @@ def can_attend(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
         query.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype
+        and query.shape[-1] == key.shape[-1] == value.shape[-1]
         and query.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled("cpu")
         and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
@@ -114,7 +160,7 @@ class _Attention(torch.autograd.Function):
         out = lasting(shape, query) if rows else query.new_empty(shape)
         sums = []
         for s in segments(trees):
-            how = _added(s, window, query)
+            how = s.added_mask(window, query)
             found, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 query[:, :, s.own], s.of(key), s.of(value), 0.0, how is None,
                 attn_mask=how, scale=scale,
@@ -134,7 +180,7 @@ class _Attention(torch.autograd.Function):
         grad, query, key, value, out = (t.transpose(1, 2) for t in (grad, query, key, value, out))
         g_query, g_key, g_value = (torch.zeros_like(t) for t in (query, key, value))
         for s in segments(ctx.trees):
-            how = _added(s, ctx.window, query)
+            how = s.added_mask(ctx.window, query)
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad[:, :, s.own], query[:, :, s.own], s.of(key), s.of(value),
                 out[:, :, s.own], logsumexp[:, :, s.own].contiguous(), 0.0, how is None,
@@ -144,26 +190,3 @@ class _Attention(torch.autograd.Function):
             s.add(g_key, found[1])
             s.add(g_value, found[2])
         return g_query, g_key, g_value, None, None, None
-
-
-@lru_cache(maxsize=128)
-def _mask(new: int, all_: int, window: int | None, device: torch.device) -> Tensor:
-    """[1, 1, new, all_] bool: the last `new` of `all_` tokens see what lies before them."""
-    mask = torch.ones((new, all_), dtype=torch.bool, device=device).tril_(all_ - new)
-    if window is not None:
-        mask.triu_(all_ - new - window + 1)
-    return mask[None, None]
-
-
-def _added(s: Segment, window: int | None, like: Tensor) -> Tensor | None:
-    """The segment's mask as it is added to scores: 0 or -inf."""
-    mask = s.mask(window, like.device)
-    return None if mask is None else _added_mask(*mask.shape[2:], window, like.dtype, like.device)
-
-
-@lru_cache(maxsize=128)
-def _added_mask(
-    new: int, all_: int, window: int | None, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    mask = _mask(new, all_, window, device)
-    return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, -torch.inf)

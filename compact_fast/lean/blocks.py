@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from compact_fast.lean.kept import keep
+from compact_fast.lean.kept import keep, settle
+from compact_fast.lean.ordinary import computes, is_ordinary, same
 from compact_fast.lean.sources import Source, note_source
 
 # ---- RMS norm --------------------------------------------------------------------------------
 
 
+_NORM_NAMES = frozenset(
+    (
+        *("weight", "variance_epsilon", "dtype", "torch", "float32", "float"),
+        *("to", "type_as", "pow", "mean", "sqrt", "rsqrt"),
+    )
+)
+
+
 def is_norm(module: nn.Module) -> bool:
-    """Whether it is weight * (x / rms(x)), tried on two rows."""
+    """Whether it is weight * (x / rms(x)), by its code and tried on two rows."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 1 or not _plain(weight):
         return False
     if not isinstance(getattr(module, "variance_epsilon", None), float):
         return False
-    x = torch.linspace(-1, 2, 2 * weight.numel(), dtype=weight.dtype).view(2, -1)
-    with torch.no_grad():
-        return _same(module, _norm, x)
+    if not computes(module, _NORM_NAMES, (2, -1, True, ("keepdim",))):
+        return False
+    stand_in = SimpleNamespace(weight=torch.linspace(0.5, 3, 8), variance_epsilon=0.1)
+    return same(type(module), stand_in, _norm)
 
 
 def norm_forward(self: Any, x: Tensor) -> Tensor:
@@ -83,39 +93,32 @@ class _Norm(torch.autograd.Function):
 _SILU = ("SiLU", "SiLUActivation")
 
 
+_MLP_NAMES = frozenset(("gate_proj", "up_proj", "down_proj", "act_fn"))
+
+
 def is_gated_mlp(module: nn.Module) -> bool:
-    """Whether it is down(silu(gate(x)) * up(x)), tried on two tokens."""
+    """Whether it is down(silu(gate(x)) * up(x)), by its code and tried on two tokens."""
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     act = getattr(module, "act_fn", None)
     if not all(isinstance(p, nn.Module) for p in parts) or type(act).__name__ not in _SILU:
         return False
-    weight = next(parts[0].parameters(), None)  # type: ignore[union-attr]
-    width = getattr(parts[0], "in_features", None)
-    if weight is None or weight.is_meta or width is None:
+    if not computes(module, _MLP_NAMES):
         return False
-    x = torch.linspace(-1, 1, 2 * width, device=weight.device, dtype=weight.dtype)
-    training = [m for m in module.modules() if m.training]
-    module.eval()
-    try:
-        with torch.no_grad():
-            return _same(module, mlp_forward, x.view(1, 2, width))
-    finally:
-        for m in training:
-            m.training = True
-
-
-def _same(module: nn.Module, forward: Callable[[Any, Tensor], Tensor], x: Tensor) -> bool:
-    try:
-        return torch.equal(module(x), forward(module, x))
-    except (TypeError, ValueError, RuntimeError):
-        return False
+    stand_in = SimpleNamespace(
+        gate_proj=lambda x: 2 * x, up_proj=torch.cos, down_proj=torch.tanh, act_fn=nn.SiLU()
+    )
+    return same(type(module), stand_in, mlp_forward)
 
 
 def mlp_forward(self: Any, x: Tensor) -> Tensor:
     """The MLP's forward."""
-    gate, up = self.gate_proj(x), self.up_proj(x)
+    if not is_ordinary(self.act_fn):
+        return cast(Tensor, type(self).forward(self, x))
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return cast(Tensor, self.down_proj(nn.functional.silu(gate) * up))
+        return cast(Tensor, self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)))
+    # each where it will be kept at once, or both lie in the heap a second time
+    gate = settle(self.gate_proj(x))
+    up = settle(self.up_proj(x))
     inner, gate, up = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
     if gate.device.type == "cpu":  # elsewhere kept as it is: untried
         note_source(inner, Source(_gated, (gate, up)))

@@ -3,7 +3,8 @@
 The C library gives tensors of a few megabytes from one heap. Where those that last lie among
 those that are gone a moment later, holes remain that nothing fits, and a process comes to take
 several times what it holds. What lasts is therefore copied into chunks of its own: a chunk is used
-again once no tensor in it is left.
+again once no tensor in it is left. One tensor that somebody keeps for longer, a gradient or a
+hidden state, holds its whole chunk, and torch.save writes all of it: clone what is to stay.
 """
 
 from __future__ import annotations
@@ -18,20 +19,91 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-LEAST_BYTES, MOST_BYTES = 4 << 20, 32 << 20  # of a chunk: as much again as there is already
+from compact_fast.lean.heap import Heap
+
+LEAST_BYTES, MOST_BYTES = 4 << 20, 32 << 20  # of a chunk
 ALIGNED = 64  # bytes; a cache line
 
 
-class Kept(threading.local):
-    """Chunks, filled from front to back, each used again when all that lay in it is gone.
+class Chunk:
+    """A piece of memory. `reach`: so many of its bytes were ever in use."""
 
-    Every thread has its own.
-    """
+    def __init__(self, size: int) -> None:
+        self.memory = _map(size)
+        self.address = self.storage().data_ptr()
+        self.reach = 0
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+    def storage(self) -> torch.UntypedStorage:
+        """For tensors; each refers to `memory` as long as it lives."""
+        return torch.frombuffer(self.memory, dtype=torch.uint8).untyped_storage()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing lies in it."""
+        return sys.getrefcount(self.memory) == _ALONE
+
+
+class Chunks(threading.local):
+    """Chunks, each used again when all that lay in it is gone; every thread has its own."""
 
     def __init__(self) -> None:
-        self._all: list[mmap.mmap] = []
-        self._addresses: list[int] = []  # of the chunks
-        self._now: torch.UntypedStorage | None = None
+        self.all: list[Chunk] = []
+        self._addresses: set[int] = set()
+
+    def __contains__(self, t: Tensor) -> bool:
+        return t.device.type == "cpu" and t.untyped_storage().data_ptr() in self._addresses
+
+    @property
+    def size(self) -> int:
+        """Bytes of all."""
+        return sum(map(len, self.all))
+
+    @property
+    def reach(self) -> int:
+        """Bytes that were ever in use, of all."""
+        return sum(c.reach for c in self.all)
+
+    def take(self, size: int, usual: int) -> Chunk:
+        """The smallest of at least `size` bytes in which nothing lies; a new one has `usual` if it
+        can, and those that are too small go for it, or lengths that rise would leave them all.
+        """
+        free = sorted((c for c in self.all if c.empty), key=len)
+        found = next((c for c in free if len(c) >= size), None)
+        if found is not None:
+            return found
+        wanted = max(usual, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+        self._let_go(free, wanted)
+        new = Chunk(wanted)
+        self.all.append(new)
+        self._addresses.add(new.address)
+        return new
+
+    def _let_go(self, free: list[Chunk], wanted: int) -> None:
+        """Return free chunks to the system, the largest first, `wanted` bytes if there are."""
+        while free and wanted > 0:
+            chunk = free.pop()
+            self.all.remove(chunk)
+            self._addresses.remove(chunk.address)
+            wanted -= len(chunk)
+
+    def give_back(self) -> None:
+        """Return those in which nothing lies to the system."""
+        self.all = [c for c in self.all if not c.empty]
+        self._addresses = {c.address for c in self.all}
+
+
+class Kept(threading.local):
+    """Tensors that last about as long as each other, in chunks that they fill from front to back.
+
+    `growing`: a new chunk has as much again as there is, up to MOST_BYTES; else LEAST_BYTES.
+    """
+
+    def __init__(self, chunks: Chunks, *, growing: bool = True) -> None:
+        self._chunks, self._growing = chunks, growing
+        self._now: tuple[Chunk, torch.UntypedStorage] | None = None
         self._used = 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -39,48 +111,22 @@ class Kept(threading.local):
         size = dtype.itemsize
         for n in shape:
             size *= n
-        if self._now is None or self._used + size > self._now.nbytes():
-            self._now, self._used = None, 0  # let go of it, for it may be the one to use again
-            self._now = self._chunk(size)
+        if self._now is None or self._used + size > self._now[1].nbytes():
+            self.close()  # it may be the one to use again
+            usual = min(max(LEAST_BYTES, self._chunks.size * self._growing), MOST_BYTES)
+            chunk = self._chunks.take(size, usual)
+            self._now = chunk, chunk.storage()
+        chunk, storage = self._now
         # set_, not a view: views count each other's changes in place as their own
         made = torch.empty(0, dtype=dtype)
-        made.set_(self._now, self._used // dtype.itemsize, shape, _strides(shape))
+        made.set_(storage, self._used // dtype.itemsize, shape, _strides(shape))
         self._used += -(-size // ALIGNED) * ALIGNED
+        chunk.reach = max(chunk.reach, self._used)
         return made
 
-    def holds(self, t: Tensor) -> bool:
-        """Whether a tensor lies in one of the chunks."""
-        return t.device.type == "cpu" and t.untyped_storage().data_ptr() in self._addresses
-
-    def give_back(self) -> None:
-        """Return chunks in which nothing is left to the system."""
-        self._now = None
-        for i in reversed(range(len(self._all))):
-            if _references(self._all, i) == _ALONE:
-                del self._all[i], self._addresses[i]
-
-    def _chunk(self, size: int) -> torch.UntypedStorage:
-        for i in range(len(self._all)):
-            if _references(self._all, i) == _ALONE and len(self._all[i]) >= size:
-                return _storage(self._all[i])
-        usual = min(max(LEAST_BYTES, sum(map(len, self._all))), MOST_BYTES)
-        memory = _map(max(usual, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE))
-        storage = _storage(memory)
-        self._all.append(memory)
-        self._addresses.append(storage.data_ptr())
-        return storage
-
-
-def _references(memories: list[mmap.mmap], i: int) -> int:
-    """How many refer to a piece of memory; a storage over it, as long as it lives, is one."""
-    return sys.getrefcount(memories[i])
-
-
-_ALONE = _references([mmap.mmap(-1, mmap.PAGESIZE)], 0)  # the list alone, as this Python counts
-
-
-def _storage(memory: mmap.mmap) -> torch.UntypedStorage:
-    return torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    def close(self) -> None:
+        """Put nothing more into the chunk at hand."""
+        self._now, self._used = None, 0
 
 
 def _map(size: int) -> mmap.mmap:
@@ -98,11 +144,21 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(accumulate(reversed(shape[1:]), mul, initial=1))[::-1] if shape else ()
 
 
-_LASTING = Kept()
+def _alone() -> int:
+    chunk = Chunk(mmap.PAGESIZE)
+    return sys.getrefcount(chunk.memory)
+
+
+_ALONE = _alone()  # references to memory in which nothing lies, as this Python counts
+
+_HEAP = Heap()
+_CHUNKS = Chunks()
+_LASTING = Kept(_CHUNKS, growing=True)
 # What lasts longer than the rest would hold its chunks back:
-_GRADIENTS = Kept()  # until the optimizer's step
-_RECOMPUTED_FROM = Kept()  # while all else of a layer goes and is made again
-_EVERY = (_LASTING, _GRADIENTS, _RECOMPUTED_FROM)
+# until the optimizer's step; small chunks till a large one of the forward pass is free
+_GRADIENTS = Kept(_CHUNKS, growing=False)
+# while all else of a layer goes and is made again
+_RECOMPUTED_FROM = Kept(_CHUNKS, growing=True)
 
 
 def lasting(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -112,36 +168,39 @@ def lasting(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return _LASTING.empty(shape, like.dtype)
 
 
-def settle(t: Tensor, *, recomputed: bool) -> Tensor:
-    """What leads from one layer to the next, where it will be kept; with autograd.
+def settle(t: Tensor, *, recomputed: bool = False) -> Tensor:
+    """A tensor where it will be kept, on a CPU; with autograd.
 
     `recomputed`: it is all that is kept of its layer.
     """
+    if t.device.type != "cpu":
+        return t
     return cast(Tensor, _Settle.apply(t, _RECOMPUTED_FROM if recomputed else _LASTING))  # type: ignore[no-untyped-call]
 
 
 class _Settle(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t: Tensor, where: Kept) -> Tensor:
+        _HEAP.tidy(_CHUNKS.reach)
         return where.empty(tuple(t.shape), t.dtype).copy_(t)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _HEAP.tidy(_CHUNKS.reach)
         return grad, None
 
 
 def keep(t: Tensor) -> Tensor:
     """The tensor as it is to be kept: on a CPU a copy in memory that lasts, unless it lies there;
-    else another name for the same memory."""
-    if t.device.type != "cpu" or _LASTING.holds(t) or _RECOMPUTED_FROM.holds(t):
-        same = t.new_empty(0)
-        return same.set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
+    else another name for the same memory, of which autograd notices changes."""
+    if t.device.type != "cpu" or t in _CHUNKS:
+        return t.detach()
     return lasting(tuple(t.shape), t).copy_(t)
 
 
 def own_bytes(t: Tensor) -> tuple[int, int]:
     """(address, bytes) of the memory that goes when t goes and nothing else refers to it."""
-    if any(kept.holds(t) for kept in _EVERY):
+    if t in _CHUNKS:
         return t.data_ptr(), t.nbytes
     storage = t.untyped_storage()
     return storage.data_ptr(), storage.nbytes()
@@ -149,8 +208,9 @@ def own_bytes(t: Tensor) -> tuple[int, int]:
 
 def give_back() -> None:
     """Return memory that nothing is kept in any more to the system."""
-    for kept in _EVERY:
-        kept.give_back()
+    for kept in (_LASTING, _GRADIENTS, _RECOMPUTED_FROM):
+        kept.close()
+    _CHUNKS.give_back()
 
 
 def keep_gradient(g: Tensor) -> Tensor:

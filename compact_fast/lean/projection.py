@@ -2,9 +2,7 @@
 
 peft's LoRA layer keeps the dropped input and a float mask, 8 bytes for every number it reads, for
 each of the seven projections of a block. Here projections share their input, or what it was made
-from, and a mask takes one bit on a CPU; the update is added in place. On a CPU dropout's random
-bits, which torch draws one by one, come 64 at a time from a generator seeded by torch's: a seed
-still fixes every number, and recomputation repeats them.
+from, and a mask takes one bit on a CPU; the update is added in place.
 """
 
 from __future__ import annotations
@@ -12,16 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from compact_fast.lean import dropout
 from compact_fast.lean.kept import keep, keep_gradient
+from compact_fast.lean.ordinary import is_ordinary
 from compact_fast.lean.sources import source_of
 from compact_fast.products import quick
-
-_BITS = 1 << 16  # a unit is kept where 16 random bits lie below its share of them
 
 
 def is_lora(module: nn.Module) -> bool:
@@ -46,11 +43,11 @@ def lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         bias = None if bias is None else bias.to(dtype)
     if not x.dtype == a.dtype == b.dtype == w.dtype:
         return cast(Tensor, type(self).forward(self, x))
-    dropout = self.lora_dropout[name]
-    share = 1.0 - dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 1.0
-    mask, share = keep_mask(x, share) if share < 1.0 else (None, 1.0)
+    dropping = self.lora_dropout[name]
+    share = 1.0 - dropping.p if dropping.training and isinstance(dropping, nn.Dropout) else 1.0
+    units, share = dropout.draw(x, share) if share < 1.0 else (None, 1.0)
     scale = self.scaling[name] / share if share > 0 else 0.0
-    return _project(x, w, bias, a, b, mask, scale)
+    return _project(x, w, bias, a, b, units, scale)
 
 
 def _plain_adapter(layer: Any) -> str | None:
@@ -62,49 +59,13 @@ def _plain_adapter(layer: Any) -> str | None:
         name not in layer.lora_A
         or name in layer.lora_variant
         or layer.lora_B[name].bias is not None
-        or has_hooks(layer.base_layer)
+        or not all(map(is_ordinary, (layer.base_layer, layer.lora_A[name], layer.lora_B[name])))
         or any(p.requires_grad for p in layer.base_layer.parameters())
     ):
         return None
-    if not isinstance(layer.lora_dropout[name], (nn.Dropout, nn.Identity)):
-        return None
-    return name
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to know when the module is called."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def keep_mask(x: Tensor, share: float) -> tuple[Tensor, float]:
-    """(mask like x, uint8: 1 with probability `share`; the probability it really has)."""
-    if x.device.type != "cpu":
-        return (torch.rand(x.shape, device=x.device) < share).view(torch.uint8), share
-    most = round(share * _BITS)
-    seed = int(torch.randint(1 << 62, ()))
-    words = np.random.SFC64(seed).random_raw(-(-x.numel() // 4))
-    bits = words.view(np.uint16)[: x.numel()]
-    kept = np.ones(x.shape, np.bool_) if most == _BITS else (bits < most).reshape(x.shape)
-    return torch.from_numpy(kept).view(torch.uint8), most / _BITS
-
-
-def _packed(mask: Tensor) -> Tensor:
-    """A mask as it is kept: on a CPU a bit an entry."""
-    if mask.device.type != "cpu":
-        return mask
-    return keep(torch.from_numpy(np.packbits(mask.numpy().reshape(-1))))
-
-
-def _unpacked(kept: Tensor, shape: torch.Size) -> Tensor:
-    """The mask that `_packed` was given."""
-    if kept.device.type != "cpu":
-        return kept
-    return torch.from_numpy(np.unpackbits(kept.numpy(), count=shape.numel())).view(shape)
+    dropping = layer.lora_dropout[name]
+    known = isinstance(dropping, (nn.Dropout, nn.Identity)) and is_ordinary(dropping)
+    return name if known else None
 
 
 def _project(
@@ -113,17 +74,17 @@ def _project(
     bias: Tensor | None,  # [out], frozen
     a: Tensor,  # [r, in]
     b: Tensor,  # [out, r]
-    mask: Tensor | None,  # [..., in] uint8
+    units: Tensor | None,  # the input's that dropout keeps; None: all
     scale: float,
 ) -> Tensor:  # [..., out]
-    """x w^T + bias + scale · (mask ∘ x) a^T b^T."""
+    """x w^T + bias + scale · (units ∘ x) a^T b^T."""
     if not torch.is_grad_enabled():
-        return _products(x, w, bias, a, b, mask, scale)[0]
+        return _products(x, w, bias, a, b, units, scale)[0]
     source = source_of(x)
     make, parts = (None, (x,)) if source is None else (source.make, source.parts)
     return cast(
         Tensor,
-        _Projection.apply(x, w, bias, a, b, mask, scale, make, *parts),  # type: ignore[no-untyped-call]
+        _Projection.apply(x, w, bias, a, b, units, scale, make, *parts),  # type: ignore[no-untyped-call]
     )
 
 
@@ -133,10 +94,10 @@ def _products(
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
-    mask: Tensor | None,
+    units: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """What `_project` returns, and (mask ∘ x) a^T [N, r]."""
+    """What `_project` returns, and (units ∘ x) a^T [N, r]."""
     product = quick(x)
     if product is None:
         out = nn.functional.linear(x, w, bias)
@@ -144,9 +105,10 @@ def _products(
         out = product(x, w)
         if bias is not None:
             out += bias
-    low = (x if mask is None else x * mask).reshape(-1, a.shape[1]) @ a.T
+    low = (x if units is None else dropout.apply(x, units)).reshape(-1, a.shape[1]) @ a.T
     out.view(-1, b.shape[0]).addmm_(low, b.T, alpha=scale)
-    return out, low
+    # no view of the product: what a Function returns as one may not be changed in place
+    return torch.ops.aten._unsafe_view(out, out.shape), low
 
 
 class _Projection(torch.autograd.Function):
@@ -160,23 +122,22 @@ class _Projection(torch.autograd.Function):
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
-        mask: Tensor | None,
+        units: Tensor | None,
         scale: float,
         make: Callable[..., Tensor] | None,
         *parts: Tensor,
     ) -> Tensor:
-        out, low = _products(x, w, bias, a, b, mask, scale)
+        out, low = _products(x, w, bias, a, b, units, scale)
         kept = parts if make is not None else (keep(x),)
-        bits = None if mask is None else _packed(mask)
-        ctx.save_for_backward(w, a, b, keep(low), bits, *kept)
+        units = None if units is None else keep(units)
+        ctx.save_for_backward(w, a, b, keep(low), units, *kept)
         ctx.scale, ctx.make, ctx.shape = scale, make, x.shape
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        w, a, b, low, bits, *kept = ctx.saved_tensors
-        mask = None if bits is None else _unpacked(bits, ctx.shape)
+        w, a, b, low, units, *kept = ctx.saved_tensors
         g = grad.reshape(-1, b.shape[0])
         g_low = (g @ b) * ctx.scale  # [N, r]
         g_x = g_a = g_b = None
@@ -184,12 +145,12 @@ class _Projection(torch.autograd.Function):
             g_b = keep_gradient(((low * ctx.scale).T @ g).T)
         if ctx.needs_input_grad[3]:
             x = kept[0] if ctx.make is None else ctx.make(*kept)
-            x = x if mask is None else x * mask
+            x = x if units is None else dropout.apply(x, units)
             g_a = keep_gradient(g_low.T @ x.reshape(-1, a.shape[1]))
         if ctx.needs_input_grad[0]:
             product = quick(g)
             g_x = (g @ w if product is None else product(g, w.T)).view(ctx.shape)
             update = (g_low @ a).view(ctx.shape)
-            g_x += update if mask is None else update.mul_(mask)
+            g_x += update if units is None else dropout.apply(update, units, in_place=True)
         others = (None,) * (5 + len(kept) - 1)
         return g_x, None, None, g_a, g_b, *others

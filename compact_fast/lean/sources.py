@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @dataclass(frozen=True)
@@ -16,12 +17,15 @@ class Source:
     parts: tuple[Tensor, ...]
 
 
+_SOURCES = WeakTensorKeyDictionary()  # tensor -> (its version, Source)
+
+
 def note_source(t: Tensor, source: Source) -> None:
     """Whoever would keep t may keep its source instead."""
-    t.compact_source = source  # type: ignore[attr-defined]
+    _SOURCES[t] = (t._version, source)
 
 
 def source_of(t: Tensor) -> Source | None:
-    """What t was noted to be made from."""
-    found: Source | None = getattr(t, "compact_source", None)
-    return found
+    """What t was noted to be made from, unless it was changed in place since."""
+    version, source = _SOURCES.get(t, (None, None))  # type: ignore[no-untyped-call]
+    return source if source is not None and t._version == version else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import math
 import os
@@ -20,6 +19,7 @@ from torch import Tensor
 from compact_fast.backends import Choice, choose
 from compact_fast.backends.torch_backend import ANSWER_BYTES, CHUNK_BYTES, HOLD_BYTES
 from compact_fast.lean import make_lean
+from compact_fast.lean.heap import resident_bytes, trim
 from compact_fast.lean.kept import give_back, own_bytes
 from compact_fast.run_config import RunConfig
 from compact_fast.students import body_and_head, causal_model
@@ -350,8 +350,7 @@ def _give_back() -> None:
     """Return freed memory to the system, where the C library can."""
     gc.collect()
     give_back()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    trim()
 
 
 @contextlib.contextmanager
@@ -384,15 +383,6 @@ def _recompute(causal: Any, wanted: bool, now: bool) -> None:
             causal.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             causal.gradient_checkpointing_disable()
-
-
-def resident_bytes() -> int:
-    """Memory of this process, 0 where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def bf16_autocast(config: RunConfig) -> bool:

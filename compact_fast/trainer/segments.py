@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ _KNOWN = {
     *("dropout", "scaling", "is_causal", "sliding_window"),
     *("position_ids", "use_cache", "cache_position"),  # handed through, read by no attention
 }
-seen_windows: list[int | None] | None = None
+_seen_windows: ContextVar[list[int | None] | None] = ContextVar("seen_windows", default=None)
 """While a list: the sliding window of each call that had trees, for the trial of a student."""
 
 
@@ -48,8 +49,9 @@ def segment_attention(
     if compact_trees is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     window = kwargs.get("sliding_window")
-    if seen_windows is not None:
-        seen_windows.append(window)
+    seen = _seen_windows.get()
+    if seen is not None:
+        seen.append(window)
     plain = kwargs.keys() <= _KNOWN and not kwargs.get("dropout")
     if plain and can_attend(query, key, value):
         return attend(query, key, value, compact_trees, window, kwargs.get("scaling")), None
@@ -96,10 +98,9 @@ def attending_by_segments(model: Any) -> Iterator[None]:
 @contextmanager
 def recording_windows() -> Iterator[list[int | None]]:
     """Inside, the list yielded collects the sliding window of every call that has trees."""
-    global seen_windows
     found: list[int | None] = []
-    seen_windows = found
+    token = _seen_windows.set(found)
     try:
         yield found
     finally:
-        seen_windows = None
+        _seen_windows.reset(token)

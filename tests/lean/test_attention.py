@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from compact_fast.lean.attention import attend, can_attend, segments
+from compact_fast.lean.attention import Masks, attend, can_attend, segments
 
 TREES = [
     ((4, 3, 5),),
@@ -16,6 +16,7 @@ TREES = [
     ((4, 3), (2, 6, 1, 1)),
     ((0, 3, 2),),  # no prompt
     ((1, 1), (5,), (3, 2)),
+    ((3, 0, 2), (0, 0, 1), (2, 0)),  # empty ones
 ]
 
 
@@ -111,3 +112,25 @@ def test_half_precision_is_left_to_torch():
     assert not can_attend(*[torch.empty(1, device="meta")] * 3)
     with torch.autocast("cpu", torch.bfloat16):
         assert not can_attend(x, x, x)
+
+
+def test_masks_of_one_kind_are_parts_of_one_matrix():
+    masks = Masks()
+    cpu = torch.device("cpu")
+    for window in (None, 5):
+        parts = []
+        for new, root in [(3, 2), (40, 90), (7, 0), (100, 10), (1, 1), (64, 128)]:
+            for dtype in (torch.bool, torch.float64):
+                part = masks.of(new, root, window, cpu, dtype)[0, 0]
+                want = seen(((root, new),), window)[root:]
+                assert torch.equal(part == 0 if dtype == torch.float64 else part, want)
+            parts.append(part)
+        last = parts[-1].untyped_storage().data_ptr()
+        again = [masks.of(*n, window, cpu, torch.float64) for n in [(3, 2), (100, 10), (64, 128)]]
+        assert {a.untyped_storage().data_ptr() for a in again} == {last}
+
+
+def test_other_widths_of_values_are_left_to_torch():
+    q, k, v = inputs(((3, 2),), 2, 2)
+    assert can_attend(q, k, v)
+    assert not can_attend(q, k, v[..., :4])

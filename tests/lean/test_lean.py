@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from compact_fast.lean import make_lean
-from compact_fast.lean.projection import keep_mask
 from compact_fast.students import LoraSettings, add_lora, merged
 
 SIZES = {
@@ -139,20 +138,6 @@ def test_dropout_gradients_are_those_of_the_mask_that_was_drawn():
     assert torch.autograd.gradcheck(f, (x,))
     mean = torch.stack([layer(x).detach() for _ in range(3000)]).mean(0)
     assert torch.allclose(mean, layer.eval()(x), atol=0.2)
-
-
-@pytest.mark.parametrize("share", [0.9, 0.5, 0.1, 0.0])
-def test_units_are_kept_at_their_rate(share):
-    torch.manual_seed(0)
-    x = torch.empty(301, 333)
-    mask, real = keep_mask(x, share)
-    assert (mask.shape, mask.dtype) == (x.shape, torch.uint8)
-    assert abs(real - share) < 1e-5
-    assert abs(float(mask.float().mean()) - share) < 0.005
-    # neither rows nor columns share their luck
-    assert float(mask.float().mean(0).std()) < 1.2 * (share * (1 - share) / 301) ** 0.5 + 1e-9
-    other, _ = keep_mask(x, share)
-    assert share == 0.0 or not torch.equal(mask, other)
 
 
 def test_what_is_not_plain_runs_as_it_was():

@@ -9,37 +9,39 @@ import threading
 import pytest
 import torch
 
-from compact_fast.lean.kept import ALIGNED, MOST_BYTES, Kept, keep, keep_gradient, settle
+from compact_fast.lean.kept import ALIGNED, MOST_BYTES, Chunks, Kept, keep, keep_gradient, settle
 
 MEGABYTE = 1 << 20
 
 
 def test_tensors_do_not_overlap_and_keep_what_was_written():
-    kept, torch_rng = Kept(), torch.Generator().manual_seed(0)
+    chunks, torch_rng = Chunks(), torch.Generator().manual_seed(0)
+    kept = Kept(chunks)
     sizes = torch.randint(1, 500_000, (60,), generator=torch_rng).tolist()
     tensors = [kept.empty((n,), torch.float32).fill_(i) for i, n in enumerate(sizes)]
     for i, t in enumerate(tensors):
         assert (t == i).all(), i
         assert t.data_ptr() % ALIGNED == 0
-        assert kept.holds(t)
-    taken = sum(map(len, kept._all))
+        assert t in chunks
+    taken = chunks.size
     assert sum(sizes) * 4 <= taken <= 2 * sum(sizes) * 4  # as much again as there was
-    assert max(map(len, kept._all)) <= MOST_BYTES
+    assert max(len(c.memory) for c in chunks.all) <= MOST_BYTES
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3, 4), (2, 0, 5)])
 def test_shapes_are_contiguous(shape):
-    t = Kept().empty(shape, torch.float64)
+    t = Kept(Chunks()).empty(shape, torch.float64)
     assert t.shape == shape
     assert t.is_contiguous()
 
 
 def test_a_chunk_is_used_again_once_its_tensors_are_gone():
-    kept = Kept()
+    chunks = Chunks()
+    kept = Kept(chunks)
     for _ in range(20):
         tensors = [kept.empty((MEGABYTE,), torch.float32) for _ in range(10)]  # 40 MiB
         del tensors
-    assert sum(map(len, kept._all)) <= 2 * 40 * MEGABYTE
+    assert chunks.size <= 2 * 40 * MEGABYTE
     one = kept.empty((MEGABYTE,), torch.float32).fill_(7)
     for _ in range(50):
         kept.empty((MEGABYTE,), torch.float32).fill_(1)
@@ -53,29 +55,48 @@ def test_a_chunk_is_used_again_once_its_tensors_are_gone():
 
 
 def test_a_tensor_larger_than_a_chunk_has_one_of_its_own():
-    kept = Kept()
+    chunks = Chunks()
+    kept = Kept(chunks)
     t = kept.empty((MOST_BYTES // 4 + 3,), torch.float32).fill_(1)
     assert kept.empty((3,), torch.float32).data_ptr() != t.data_ptr()
     assert float(t.sum()) == t.numel()
 
 
 def test_memory_is_given_back_once_nothing_is_left():
-    kept = Kept()
+    chunks = Chunks()
+    kept = Kept(chunks)
     a = kept.empty((MEGABYTE,), torch.float32)
     b = [kept.empty((MEGABYTE,), torch.float32) for _ in range(20)]
-    assert sum(map(len, kept._all)) >= 84 * MEGABYTE
+    assert chunks.size >= 84 * MEGABYTE
     del b
-    kept.give_back()
-    assert len(kept._all) == 1
-    assert kept.holds(a)
+    kept.close()
+    chunks.give_back()
+    assert len(chunks.all) == 1
+    assert a in chunks
     del a
-    kept.give_back()
-    assert kept._all == kept._addresses == []
+    chunks.give_back()
+    assert chunks.all == []
     assert kept.empty((2,), torch.float32).fill_(1).tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("order", ["rising", "falling", "shuffled"])
+def test_lengths_that_change_do_not_leave_chunks_behind(order):
+    chunks, rng = Chunks(), torch.Generator().manual_seed(0)
+    kept = Kept(chunks)
+    tokens = torch.randint(500, 4000, (40,), generator=rng).sort(descending=order == "falling")[0]
+    if order == "shuffled":
+        tokens = tokens[torch.randperm(40, generator=rng)]
+    most = held = 0
+    for n in tokens.tolist():  # a large model's layers: tensors larger than a chunk, and small ones
+        live = [kept.empty((n, w), torch.float32) for _ in range(4) for w in (896, 128, 4864, 4864)]
+        most, held = max(most, sum(t.nbytes for t in live)), max(held, chunks.size)
+        del live
+    assert held < 1.35 * most
+
+
 def test_threads_do_not_share_chunks():
-    kept, found = Kept(), []
+    chunks, found = Chunks(), []
+    kept = Kept(chunks)
 
     def work(i: int) -> None:
         mine = [kept.empty((1000,), torch.float32).fill_(i) for _ in range(200)]
@@ -87,11 +108,12 @@ def test_threads_do_not_share_chunks():
     for t in threads:
         t.join()
     assert found == [True] * 4
-    assert kept._all == []  # this thread's
+    assert chunks.all == []  # this thread's
 
 
 def test_changes_in_place_count_for_one_tensor_alone():
-    kept = Kept()
+    chunks = Chunks()
+    kept = Kept(chunks)
     a, b = kept.empty((3,), torch.float32).zero_(), kept.empty((3,), torch.float32)
     x = torch.ones(3, requires_grad=True)
     loss = (x * a).sum()  # keeps a
@@ -125,7 +147,8 @@ def test_a_transposed_gradient_becomes_contiguous():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_has_its_own():
-    kept = Kept()
+    chunks = Chunks()
+    kept = Kept(chunks)
     t = kept.empty((4,), torch.float32).fill_(1)
     child = os.fork()
     if child == 0:

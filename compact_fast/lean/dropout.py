@@ -1,0 +1,83 @@
+"""Which units dropout keeps, with a bit an entry on a CPU, where torch would keep a float.
+
+Random bits, which torch draws one by one, come from eight generators in turns, seeded by torch's:
+a seed still fixes every number, and recomputation repeats them. The native module draws and
+applies them (csrc/dropout.h); without it NumPy does, with the same results.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compact_fast.native import load_native
+
+logger = logging.getLogger(__name__)
+
+_RANGE = 1 << 16  # a unit is kept where 16 random bits lie below its share of them
+_GENERATORS = 8
+
+
+def draw(like: Tensor, share: float) -> tuple[Tensor, float]:
+    """(which units are kept, for `apply`; the probability it really has).
+
+    On a CPU uint8 [ceil(entries / 8)], entry i in bit i % 8 of byte i // 8; elsewhere uint8 as
+    `like`.
+    """
+    if like.device.type != "cpu":
+        return (torch.rand(like.shape, device=like.device) < share).view(torch.uint8), share
+    n, most = like.numel(), round(share * _RANGE)
+    seed = int(torch.randint(1 << 62, ()))
+    if most in (0, _RANGE):
+        return torch.full((-(-n // 8),), 255 * (most > 0), dtype=torch.uint8), most / _RANGE
+    start = np.random.SeedSequence(seed).generate_state(3 * _GENERATORS, np.uint64)
+    state = np.concatenate([start, np.ones(_GENERATORS, np.uint64)]).reshape(4, _GENERATORS)
+    native = _native()
+    if native is None:
+        return torch.from_numpy(_draw(state, most, n)), most / _RANGE
+    bits = torch.empty(-(-n // 8), dtype=torch.uint8)
+    native.dropout_draw(state.ctypes.data, most, bits.data_ptr(), n)
+    return bits, most / _RANGE
+
+
+def _draw(state: np.ndarray, most: int, n: int) -> np.ndarray:
+    turns = -(-n // (4 * _GENERATORS))
+    words = np.empty((turns, _GENERATORS), "<u8")
+    for i in range(_GENERATORS):
+        generator = np.random.SFC64()
+        generator.state = {**generator.state, "state": {"state": state[:, i]}}
+        words[:, i] = generator.random_raw(turns)
+    return np.packbits(words.reshape(-1).view("<u2")[:n] < most, bitorder="little")
+
+
+def apply(x: Tensor, kept: Tensor, *, in_place: bool = False) -> Tensor:
+    """x with 0 for the units that are not kept; `kept` from `draw`."""
+    if kept.shape == x.shape and x.device.type != "cpu":
+        return x.mul_(kept) if in_place else x * kept
+    native = _native()
+    if native is None:
+        units = torch.from_numpy(np.unpackbits(kept.numpy(), count=x.numel(), bitorder="little"))
+        gone = units.view(x.shape) == 0
+        return x.masked_fill_(gone, 0) if in_place else x.masked_fill(gone, 0)
+    if not x.is_contiguous():
+        found = apply(x.contiguous(), kept, in_place=True)
+        return x.copy_(found) if in_place else found
+    out = x if in_place else torch.empty_like(x)
+    places = (x.data_ptr(), x.itemsize, kept.data_ptr(), out.data_ptr())
+    native.dropout_apply(*places, x.numel(), torch.get_num_threads())
+    return out
+
+
+@cache
+def _native() -> ModuleType | None:
+    module = load_native()
+    if isinstance(module, str) or not hasattr(module, "dropout_apply"):
+        why = module if isinstance(module, str) else "built by another compiler"
+        logger.info("dropout on a CPU takes a few percent longer: %s", why)
+        return None
+    return module
