@@ -242,6 +242,9 @@ class TrainingSettings:
         if self.sharding == "fsdp" and (self.fusion == "per_teacher" or self.compile_body):
             other = "compile_body=True" if self.compile_body else "fusion='per_teacher'"
             raise ValueError(f"sharding='fsdp': not together with {other}")
+        if self.compile_body and (self.gradient_checkpointing or self.fusion == "per_teacher"):
+            other = "gradient_checkpointing" if self.gradient_checkpointing else "per_teacher"
+            raise ValueError(f"compile_body=True: not together with {other}")
         _require(self, "save_steps", lambda v: v >= 1, "a whole number >= 1")
         _require(self, "eval_steps", lambda v: v is None or v >= 1, "null or a number >= 1")
         _require(self, "save_total_limit", lambda v: v is None or v >= 1, "null or a number >= 1")

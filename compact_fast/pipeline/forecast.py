@@ -174,7 +174,7 @@ def memory(
 
 def can_be_apart(config: RunConfig) -> bool:
     """Whether fusion="per_teacher" takes this method, on processes that hold whole students."""
-    whole = config.training.sharding == "none"
+    whole = config.training.sharding == "none" and not config.training.compile_body
     return whole and config.method.mode != "reference" and config.method.consistency != "all"
 
 

@@ -78,6 +78,7 @@ def training_arguments(
         max_grad_norm=t.max_grad_norm,
         bf16=None if t.bf16 == "auto" else t.bf16,
         gradient_checkpointing=t.gradient_checkpointing,
+        compile_body=t.compile_body,
         seed=config.method.seed,
         logging_steps=t.logging_steps,
         eval_strategy="no" if t.eval_steps is None else "steps",
