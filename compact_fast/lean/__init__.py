@@ -3,6 +3,7 @@
     LoRA layers   the input itself, or what it was made from, and a mask of a bit an entry
     gated MLPs    gate and up, not silu(gate) and the product
     RMS norms     their input
+    linear layers what their input was made from
 
 What is kept on a CPU lies in memory of its own (`kept`), so that it leaves no holes in the heap.
 
@@ -24,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from compact_fast.lean.blocks import is_gated_mlp, is_norm, mlp_forward, norm_forward
 from compact_fast.lean.kept import settle
+from compact_fast.lean.linear import is_large_linear, linear_forward
 from compact_fast.lean.projection import is_lora, lora_forward
 
 
@@ -48,15 +50,25 @@ def lean_inference(model: nn.Module) -> Iterator[None]:
 
 def _replace_forwards(model: nn.Module) -> list[nn.Module]:
     changed = []
-    kinds = ((is_lora, lora_forward), (is_gated_mlp, mlp_forward), (is_norm, norm_forward))
+    inside_lora: set[nn.Module] = set()  # of an adapted layer, which calls none of its parts
     for module in model.modules():
-        if "forward" in vars(module):  # ours, or somebody else's
+        if is_lora(module):
+            inside_lora.update(m for m in module.modules() if m is not module)
+        if "forward" in vars(module) or module in inside_lora:  # ours, or somebody else's
             continue
-        found = next((forward for fits, forward in kinds if fits(module)), None)
+        found = next((forward for fits, forward in _KINDS if fits(module)), None)
         if found is not None:
             module.forward = partial(found, module)  # a method would not be unpickled
             changed.append(module)
     return changed
+
+
+_KINDS = (
+    (is_lora, lora_forward),
+    (is_gated_mlp, mlp_forward),
+    (is_norm, norm_forward),
+    (is_large_linear, linear_forward),
+)
 
 
 def _settles(layer: nn.Module) -> bool:

@@ -213,8 +213,13 @@ def give_back() -> None:
     _CHUNKS.give_back()
 
 
+def gradient_room(like: Tensor) -> Tensor:
+    """Memory for the gradient of a parameter on a CPU."""
+    return _GRADIENTS.empty(tuple(like.shape), like.dtype)
+
+
 def keep_gradient(g: Tensor) -> Tensor:
     """A parameter's gradient, which lasts until the optimizer's step; contiguous."""
     if g.device.type != "cpu":
         return g
-    return _GRADIENTS.empty(tuple(g.shape), g.dtype).copy_(g)
+    return gradient_room(g).copy_(g)
