@@ -269,7 +269,7 @@ REFUSED: dict[str, tuple[Call, str]] = {
         lambda **b: score_batch(
             {"id": ["x"], "rationales": [[{"teacher": "anna", "text": STRANGE}]]}, **b
         ),
-        "question x, teacher anna: text 0: not valid Unicode",
+        "row 0: question x, teacher anna: not valid Unicode",
     ),
 }  # fmt: skip
 
