@@ -303,7 +303,8 @@ class RowReader:
         """Of the file, 0 to 1: what was skipped; what has been read, with that."""
 
     def rows(self, skip: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """(place, row) behind the first `skip` rows. Raises ValueError naming file and line."""
+        """(place, row) behind the first `skip` rows. Raises ValueError naming file and line, and
+        where the file has no rows at all."""
         path, suffix = self.path, self.path.suffix.lower()
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
@@ -328,18 +329,21 @@ class RowReader:
                     number += 1
                     self.share = number / total
                     yield f"{self.path}:row {number}", row
+            if not number:
+                raise ValueError(f"{self.path}: holds no rows")
         except pa.ArrowInvalid as error:
             place = f"{self.path}:row {number + 1}" if number else str(self.path)
             raise ValueError(f"{place}: is not valid parquet: {error}") from None
 
     def _lines(self, skip: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
         size = self.path.stat().st_size
-        behind = 0
+        behind, empty = 0, True
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 behind += len(line)
                 if line.isspace():
                     continue
+                empty = False
                 if skip > 0:
                     skip -= 1
                     self.skipped = self.share = behind / size
@@ -347,12 +351,22 @@ class RowReader:
                 place = f"{self.path}:{number}"
                 try:
                     row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{place}: is not valid JSON: {error}") from None
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(_json_problem(line, place, error)) from None
                 if not isinstance(row, dict):
                     raise ValueError(f"{place}: expected a record of named fields")
                 self.share = behind / size
                 yield place, row
+        if empty:
+            raise ValueError(f"{self.path}: the file is empty")
+
+
+def _json_problem(line: bytes, place: str, error: Exception) -> str:
+    """What is wrong with a line, in the words of the other readers."""
+    from compact_fast.data.files import parse_line  # seldom needed, and it brings all readers
+
+    line = line.removesuffix(b"\n").removeprefix(b"\xef\xbb\xbf")
+    return f"{place}: {parse_line(line, place).problem or f'is not valid JSON: {error}'}"
 
 
 def question_texts(row: Mapping[str, Any], place: str) -> QuestionTexts:
@@ -428,17 +442,22 @@ def _state(source: Path, options: GraphOptions, *choices: Any) -> dict[str, Any]
 def _begin(parts: Path, state: dict[str, Any]) -> int:
     """Number of chunks that are already done."""
     file = parts / "state.json"
-    if file.exists():
-        known = json.loads(file.read_text())
-        if known != state:
-            changed = ", ".join(k for k in state if known.get(k) != state[k])
-            raise ValueError(
-                f"{parts}: was begun with another input or other options ({changed}); remove the "
-                "folder to start anew"
-            )
-    else:
+    done = _done(parts)
+    known = json.loads(file.read_text()) if file.exists() else None
+    if known is not None and known != state and done:
+        changed = ", ".join(k for k in state if known.get(k) != state[k])
+        raise ValueError(
+            f"{parts}: was begun with another input or other options ({changed}); remove the "
+            "folder to start anew"
+        )
+    if known != state:  # what has no finished part is no loss
         parts.mkdir(parents=True, exist_ok=True)
         atomic_write_text(file, json.dumps(state))
+    return done
+
+
+def _done(parts: Path) -> int:
+    """Chunks that lie there finished."""
     done = 0
     while (parts / f"part-{done:08}.parquet").exists():
         done += 1
@@ -514,4 +533,5 @@ def _figures(sums: Mapping[str, Any]) -> list[TeacherFigures]:
 def resumable(output: str | os.PathLike[str]) -> bool:
     """Would `score_file` go on with an earlier run?"""
     output = Path(output)
-    return (output.with_name(output.name + ".parts") / "state.json").exists()
+    parts = output.with_name(output.name + ".parts")
+    return (parts / "state.json").exists() and _done(parts) > 0

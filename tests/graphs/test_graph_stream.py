@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from graph_support import needs_native
 
+from compact_fast.data import read_questions
 from compact_fast.graphs import GraphOptions, consensus
 from compact_fast.graphs.limits import stand_ins
 from compact_fast.graphs.stream import (
@@ -172,7 +173,9 @@ def test_survives_kills(tmp_path: Path) -> None:
 
 
 BAD = [
-    ("{", "in.jsonl:2: is not valid JSON"),
+    ("{", "in.jsonl:2: is not valid JSON: .* at column 2"),
+    ('{"id": "x", "rationales": ', "in.jsonl:2: is not valid JSON: Expecting value at column 27"),
+    ("[" * 100_000, "in.jsonl:2: is nested too deeply"),
     ("[1]", "in.jsonl:2: expected a record"),
     ('{"id": 1}', "in.jsonl:2: rationales: expected a list, got NoneType"),
     ('{"rationales": "text"}', "in.jsonl:2: rationales: expected a list, got str"),
@@ -249,6 +252,41 @@ def test_only_what_the_parser_refuses_is_stood_in_for(backend: Any) -> None:
     assert [found[s] for s in (0, 2, 4, 6)] == [texts[s] for s in (0, 2, 4, 6)]
     assert found[5] == "#### 5"
     assert stand_ins(texts, find_answers=False, options=options)[0][5] == ""
+
+
+def test_a_broken_line_is_worded_as_the_other_readers_do(tmp_path: Path) -> None:
+    for line in (b'{"id": \n', b'{"id": "\xff"}\n'):
+        source = tmp_path / "in.jsonl"
+        source.write_bytes(line)
+        with pytest.raises(ValueError, match=r"line|JSON") as ours:
+            score_file(source, tmp_path / "out.parquet")
+        with pytest.raises(ValueError, match=r"line|JSON") as theirs:
+            read_questions(source)
+        assert str(theirs.value).startswith(str(ours.value))
+
+
+def test_a_file_without_rows_is_refused(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.parquet"
+    for text in ("", "\n \n"):
+        source.write_text(text)
+        with pytest.raises(ValueError, match=r"in.jsonl: the file is empty"):
+            score_file(source, out)
+    pq.write_table(pa.table({"id": pa.array([], pa.string())}), tmp_path / "in.parquet")
+    with pytest.raises(ValueError, match=r"in.parquet: holds no rows"):
+        score_file(tmp_path / "in.parquet", out)
+    assert not out.exists()
+
+
+def test_a_mended_input_is_begun_anew(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.parquet"
+    source.write_text(json.dumps(rows[3]) + "\n{\n")
+    with pytest.raises(ValueError, match=r"in.jsonl:2"):
+        score_file(source, out)
+    assert not resumable(out)
+    source.write_text(json.dumps(rows[3]) + "\n")
+    report = score_file(source, out)
+    assert (report.questions, report.resumed_at) == (1, 0)
+    assert not out.with_name("out.parquet.parts").exists()
 
 
 def test_bad_files(tmp_path: Path) -> None:
