@@ -311,6 +311,14 @@ def test_an_unset_output_is_the_default(go, tiny_student, rationales):
     assert Path("runs/compact/run.json").is_file()
 
 
+def test_bf16_needs_no_word_about_the_cpu(train, tmp_path):
+    code, out, err = train("--bf16", "true")
+    assert code == 0, err
+    assert "Trained    2 steps" in out
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["config"]["bf16"] is True
+
+
 # ---- rationales too long for a step graph ------------------------------------------------------
 
 
