@@ -118,6 +118,7 @@ def load_student(
             model = add_lora(model, lora, base=spec, seed=seed)
     if gradient_checkpointing:
         prepare_checkpointing(model)
+    check_vocabulary(model, tokenizer, spec)
     check_head(model)
     return Student(model, tokenizer, spec, describe(model, spec))
 
@@ -229,7 +230,15 @@ def _load_adapter(spec: str, dtype: torch.dtype, *, trainable: bool) -> tuple[An
     base = PeftConfig.from_pretrained(spec).base_model_name_or_path
     if not base:
         raise ValueError(f"student={spec!r}: adapter_config.json names no base model")
-    model, tokenizer = _load_full(base, dtype)
+    try:
+        model, tokenizer = _load_full(base, dtype)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"student={base!r}: ")
+        raise ValueError(
+            f"student={spec!r}: an adapter whose base {base!r} cannot be had: {reason} (the base "
+            f"is base_model_name_or_path in {Path(spec) / 'adapter_config.json'}; correct it there "
+            "if the base has moved)"
+        ) from error
     model = PeftModel.from_pretrained(model, spec, is_trainable=trainable)
     if (Path(spec) / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(spec)
@@ -271,8 +280,14 @@ def add_lora(model: Any, settings: LoraSettings, *, base: str | None = None, see
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         model = get_peft_model(model, config)
     if base is not None:
-        model.peft_config["default"].base_model_name_or_path = base
+        model.peft_config["default"].base_model_name_or_path = _lasting(base)
     return model
+
+
+def _lasting(spec: str) -> str:
+    """A student's spec that means the same from any folder: paths here become absolute, names
+    of models and packages stay."""
+    return str(Path(spec).absolute()) if Path(spec).exists() and spec != "arithmetic" else spec
 
 
 def merged(model: Any) -> Any:
@@ -406,6 +421,21 @@ def _head_name(model: Any) -> str:
     return names[0] if names else "lm_head"
 
 
+def check_vocabulary(model: Any, tokenizer: Any, spec: str) -> None:
+    """Raise ValueError where the tokenizer has ids, added tokens included, beyond the embedding.
+
+    An embedding with more rows than the tokenizer has tokens is usual: rows are padded.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if largest >= rows:
+        raise ValueError(
+            f"student={spec!r}: its tokenizer has ids up to {largest} ({token!r}), its embedding "
+            f"{rows} rows, for ids up to {rows - 1}; save it with its own tokenizer, or enlarge "
+            f"the model first: model.resize_token_embeddings({largest + 1})"
+        )
+
+
 @torch.no_grad()
 def check_head(model: Any) -> None:
     """Compare the model's own logits with `hidden @ W.T + b` on three tokens.
@@ -440,9 +470,7 @@ def attention_projections(model: Any) -> AttentionProjections:
     layers = getattr(causal.base_model, "layers", None)
     last = layers[-1] if layers is not None else None
     attention = getattr(last, "self_attn", None)
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, kv_heads, dim = _head_sizes(config, type(causal).__name__)
     q, k = getattr(attention, "q_proj", None), getattr(attention, "k_proj", None)
     fused = getattr(attention, "qkv_proj", None)
     if q is not None and k is not None:
@@ -470,6 +498,19 @@ def attention_projections(model: Any) -> AttentionProjections:
             f"{(heads * dim, kv_heads * dim)}; attention consensus is not supported for it"
         )
     return AttentionProjections(queries, keys, heads, kv_heads, dim)
+
+
+def _head_sizes(config: Any, model: str) -> tuple[int, int, int]:
+    """(query heads, key heads, features of a head); ValueError where layers differ in them."""
+    try:
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+    except RuntimeError as error:  # the host's, of a class that older versions lack
+        raise ValueError(
+            f"{model}: its layers differ in the number or size of attention heads; attention "
+            'consensus is not supported for this student (use consensus="graph")'
+        ) from error
 
 
 @contextmanager

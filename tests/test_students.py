@@ -230,6 +230,16 @@ def test_a_student_without_projections_is_refused_by_name() -> None:
     check_head(make_gpt2())
 
 
+def test_layers_with_heads_of_different_sizes_are_refused_by_name() -> None:
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    own = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 40}
+    sizes = {**SIZES, "num_hidden_layers": 6, "global_head_dim": 8, **own}
+    model = Gemma4ForCausalLM(Gemma4TextConfig(**sizes))
+    with pytest.raises(ValueError, match=r"Gemma4ForCausalLM: its layers differ"):
+        attention_projections(model)
+
+
 # ---- adapters --------------------------------------------------------------------------------
 
 
@@ -304,6 +314,55 @@ def test_a_folder_and_its_adapter_come_back_the_same(folder: Path, tmp_path: Pat
     names = [n for n, p in trained_on.model.named_parameters() if p.requires_grad]
     assert names
     assert all("lora_" in n for n in names)
+
+
+def test_an_adapter_of_a_local_base_loads_from_another_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    adapter, elsewhere = tmp_path / "adapter", tmp_path / "elsewhere"
+    load_student("student", dtype="fp32", lora=LoraSettings(r=2)).model.save_pretrained(adapter)
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    again = load_student(str(adapter), dtype="fp32")
+    assert again.model.peft_config["default"].base_model_name_or_path == str(folder)
+
+
+def test_the_base_of_a_builtin_or_named_student_stays_as_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "arithmetic").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for spec in ("arithmetic", "package:smollm2", "owner/model"):
+        model = add_lora(make("llama"), LoraSettings(r=2), base=spec)
+        assert model.peft_config["default"].base_model_name_or_path == spec
+
+
+def test_a_missing_base_is_said_to_be_an_adapters(folder: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    load_student(str(folder), dtype="fp32", lora=LoraSettings(r=2)).model.save_pretrained(adapter)
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="no such folder here") as caught:
+        load_student(str(adapter))
+    said = str(caught.value)
+    assert said.startswith(f"student={str(adapter)!r}: an adapter whose base {str(folder)!r}")
+    assert f"base_model_name_or_path in {adapter / 'adapter_config.json'}" in said
+
+
+@pytest.mark.parametrize("rows", [40, 41, 64])
+def test_a_tokenizer_larger_than_the_embedding_is_refused(folder: Path, rows: int) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<step>"])  # with id 40
+    tokenizer.save_pretrained(folder)
+    make("llama", vocab_size=rows).save_pretrained(folder)
+    if rows > 40:
+        assert len(load_student(str(folder)).tokenizer) == 41
+        return
+    with pytest.raises(ValueError, match=r"ids up to 40 \('<step>'\), its embedding 40 rows") as e:
+        load_student(str(folder))
+    assert "resize_token_embeddings(41)" in str(e.value)
 
 
 def test_dtypes(folder: Path) -> None:

@@ -43,6 +43,8 @@ def run(arguments: Arguments) -> int:
     progress.close()
     say(indent(teachers_text(report)) + "\n")
     say(_flags(report))
+    if report.answer_only:
+        say(_too_long(report))
     spent = time.monotonic() - started
     new = report.questions - report.resumed_at
     earlier = f", {report.resumed_at:,} of them by an earlier run" if report.resumed_at else ""
@@ -76,6 +78,7 @@ def _texts(row: Mapping[str, Any], place: str) -> QuestionTexts:
         [r.text for r in question.rationales],
         None,
         question.answer or None,
+        place,
     )
 
 
@@ -131,8 +134,21 @@ def _flags(report: StreamReport) -> str:
     )
 
 
+def _too_long(report: StreamReport) -> str:
+    """Rationales that count by their answers alone; an earlier run has named its own."""
+    from compact_fast.graphs.limits import limits_sentence
+
+    here = report.answer_only_places
+    earlier = report.answer_only - len(here)
+    parts = [limits_sentence(here)] if here else []
+    if earlier:
+        parts.append(f"{earlier:,} in the part done by an earlier run (column answer_only)")
+    return "; ".join(parts)
+
+
 def _explain(source: Path, name: str, backend: Any, output: str | None) -> None:
     from compact_fast.graphs.explain import examine
+    from compact_fast.graphs.limits import limits_sentence, stand_ins
     from compact_fast.graphs.picture import save
 
     picture = Path(output or re.sub(r"[^\w.-]+", "-", f"consensus-{name}") + ".png")
@@ -141,9 +157,12 @@ def _explain(source: Path, name: str, backend: Any, output: str | None) -> None:
             f"--output: {picture}: expected a file name that ends in .png, for --explain"
         )
     question = _question(source, name)
-    found = examine(
-        question.texts, question.teachers, final_answers=question.answers, backend=backend
+    texts, beyond = stand_ins(
+        question.texts, find_answers=question.answers is None, backend=backend
     )
+    if beyond:
+        say(limits_sentence([question.named(k) for k in beyond]))
+    found = examine(texts, question.teachers, final_answers=question.answers, backend=backend)
     say(found.text(max(shutil.get_terminal_size((120, 24)).columns, 60)))
     save(found, picture)
     say(f"Wrote {picture}")
@@ -168,7 +187,7 @@ VERB = Verb(
     details=(
         "DATA is a .jsonl or .parquet file of any size, a question a row. A run that was cut off "
         "goes on where it was when the same command is given again. One row a question comes out: "
-        "id, teachers, scores, agreement, groups, right, no_evidence, undecidable."
+        "id, teachers, scores, agreement, groups, right, no_evidence, undecidable, answer_only."
     ),
     run=run,
     names=("DATA",),

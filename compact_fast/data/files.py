@@ -71,10 +71,11 @@ def _near_files(path: Path) -> str:
 def _json_lines(path: Path, data: bytes) -> Iterator[RawRow]:
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
-            yield _parse(line, f"{path}:{number}")
+            yield parse_line(line, f"{path}:{number}")
 
 
-def _parse(line: bytes, place: str) -> RawRow:
+def parse_line(line: bytes, place: str) -> RawRow:
+    """One line of JSON Lines as a row, or with what is wrong with it."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:

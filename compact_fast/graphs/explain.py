@@ -37,6 +37,7 @@ class Step:
     text: str  # its words
     formula: str  # operands, operators and result: "(*) 4, 5 = 20"
     uses: tuple[int, ...]  # earlier steps (from 0) whose results it uses
+    result: int | None  # its key; equal keys are equal results
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,12 @@ class Explanation:
             if mine == step:
                 return other
         return None
+
+    def mark(self, a: int, i: int, b: int, j: int) -> str:
+        """How step i of teacher a and step j of b, which are matched, stand to each other: "=" with
+        equal results, "~" with others or none."""
+        mine, other = self.teachers[a].steps[i].result, self.teachers[b].steps[j].result
+        return "=" if mine is not None and mine == other else "~"
 
     def rows(self) -> list[list[int | None]]:
         """Steps side by side: a row has each teacher's step, or None.
@@ -123,8 +130,11 @@ class Explanation:
             lines += [*self._band([*best, *others[first : first + beside]], each), ""]
         names = [t.name for t in self.teachers]
         lines += ["agreement", *_matrix(names, self.agreement.tolist()), ""]
+        if self.matches:
+            lines.append("matched steps: = with equal results, ~ with others or none")
         for (a, b), pairs in self.matches.items():
-            links = " ".join(f"{i + 1}={j + 1}" for i, j in pairs) or "nothing"
+            marked = (f"{i + 1}{self.mark(a, i, b, j)}{j + 1}" for i, j in pairs)
+            links = " ".join(marked) or "nothing"
             lines.append(
                 f"{names[a]} and {names[b]}: steps {self.step_scores[a, b]:.3f}, matched {links}"
             )
@@ -149,7 +159,9 @@ class Explanation:
             return ""
         it = self.teachers[teacher].steps[step]
         other = self.partner(teacher, step)
-        mark = "" if other is None else f" ={other + 1}"
+        mark = ""
+        if other is not None:
+            mark = f" {self.mark(teacher, step, self.reference, other)}{other + 1}"
         origin = f"   from step {', '.join(str(i + 1) for i in it.uses)}" if it.uses else ""
         return f"{step + 1}.{mark} {it.formula}{origin}\n   {it.text}"
 
@@ -228,8 +240,9 @@ def explain(
     width: int = 120,
 ) -> str:
     """`examine` as text: every step with its operands, operators, result and words, beside the
-    step of the best teacher that it is matched with ("2. =3": my step 2 is its step 3); then the
-    agreement of all pairs. `width` is the terminal's.
+    step of the best teacher that it is matched with ("2. =3": my step 2 has the result of its step
+    3; "2. ~3": they are alike, but the results differ or are none); then the agreement of all
+    pairs. `width` is the terminal's.
     """
     found = examine(texts, teachers, final_answers=final_answers, options=options, backend=backend)
     return found.text(width)
@@ -241,6 +254,7 @@ def _steps(graph: Graph, said: Sequence[str]) -> list[Step]:
             text.lstrip(",;:&| "),
             _formula(node),
             tuple(sorted(a for a, b, kind in graph.edges if b == i and kind)),
+            None if node.result_kind == RESULT_NONE else node.result,
         )
         for i, (node, text) in enumerate(zip(graph.nodes, said, strict=True))
     ]

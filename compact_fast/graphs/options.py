@@ -72,10 +72,10 @@ class GraphOptions:
     """Shorter texts are never taken for copies: honest short texts look alike."""
 
     max_steps: int = 512
-    """Longer rationales are refused."""
+    """Longer rationales are refused; in runs and files they count by their answers alone."""
 
     max_bytes: int = 4 << 20
-    """Longer rationales are refused."""
+    """As `max_steps`, in UTF-8."""
 
     def __post_init__(self) -> None:
         for name in ("result", "numbers", "operators", "text", "embedding"):

@@ -22,6 +22,10 @@ from compact_fast.graphs.structure import StepGraphs
 _WORD = (1 << 64) - 1
 
 
+class BeyondLimitsError(ValueError):
+    """A text has more steps or bytes than the options allow."""
+
+
 def parse_rationales(
     texts: Sequence[str],
     *,
@@ -31,8 +35,8 @@ def parse_rationales(
 ) -> StepGraphs:
     """One step graph a text; rules in csrc/parse.h. `threads`: None = all cores (native only).
 
-    Raises ValueError naming the text for what is not a string, not valid Unicode or beyond
-    `options.max_bytes` / `options.max_steps`.
+    Raises ValueError naming the text for what is not a string or not valid Unicode, and
+    BeyondLimitsError, a ValueError as well, beyond `options.max_bytes` / `options.max_steps`.
     """
     options = check_options(options)
     count = check_threads(threads)
@@ -91,9 +95,9 @@ def check_texts(
 
 
 def raise_parse_error(error: OverflowError) -> NoReturn:
-    """(index, reason) from either parser, as a ValueError."""
+    """(index, reason) from either parser, as a BeyondLimitsError."""
     index, reason = error.args
-    raise ValueError(
+    raise BeyondLimitsError(
         f"text {index}: {reason}; shorten it or raise the limit in GraphOptions"
     ) from None
 

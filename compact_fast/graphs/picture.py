@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ TALLEST = 580  # inches; beyond it no rasteriser goes
 def draw(found: Explanation) -> Figure:
     """The agreement of all pairs; under it a head with scores and the steps of each teacher.
 
-    Colour says how well a teacher agrees: of a head its score, of a step whether the best teacher
-    has it too. Raises ValueError where the steps are too many for one picture.
+    Colour says how well a teacher agrees: of a head its score, of a step whether it is matched with
+    one of the best teacher's that has the same result. Raises ValueError where the steps are too
+    many for one picture.
     """
     teachers, rows = found.teachers, found.rows()
     k = len(teachers)
@@ -54,10 +56,10 @@ def draw(found: Explanation) -> Figure:
     _heads(axes, found, matrix, top)
     y = matrix + top
     for row, shown, tall in zip(rows, cells, heights, strict=True):
-        alone = row[found.reference] is None or sum(i is not None for i in row) == 1
+        agreed = _agreed(found, row)
         for t, lines in enumerate(shown):
             if lines:
-                _cell(axes, 0.15 + t * COLUMN, y, tall - 0.05, lines, not alone)
+                _cell(axes, 0.15 + t * COLUMN, y, tall - 0.05, lines, t in agreed)
         y += tall
     return figure
 
@@ -69,19 +71,37 @@ def save(found: Explanation, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=DPI, facecolor=PAPER)
 
 
+def _agreed(found: Explanation, row: Sequence[int | None]) -> set[int]:
+    """The teachers whose steps in this row have the result of the best teacher's, and that one."""
+    best = found.reference
+    step = row[best]
+    if step is None:
+        return set()
+    others = {
+        t
+        for t, i in enumerate(row)
+        if t != best and i is not None and found.mark(t, i, best, step) == "="
+    }
+    return others | {best} if others else set()
+
+
 def _lines(found: Explanation, teacher: int, step: int | None) -> list[str]:
     """A step's lines: number and formula, then its words."""
     if step is None:
         return []
     it = found.teachers[teacher].steps[step]
     other = found.partner(teacher, step)
-    mark = "" if other is None else f" = {found.teachers[found.reference].name} {other + 1}"
+    mark = ""
+    if other is not None:
+        best = found.reference
+        sign = found.mark(teacher, step, best, other)
+        mark = f"{sign} {found.teachers[best].name} {other + 1}"
     uses = f"  uses {', '.join(str(i + 1) for i in it.uses)}" if it.uses else ""
     head = textwrap.wrap(f"{step + 1}.  {it.formula}{uses}", CHARACTERS)[:2]
     words = textwrap.wrap(it.text, CHARACTERS)
     if len(words) > WORDS:
         words = [*words[: WORDS - 1], words[WORDS - 1][: CHARACTERS - 2] + " …"]
-    return [*head, *([_short(mark.strip(), CHARACTERS)] if mark else []), *words]
+    return [*head, *([_short(mark, CHARACTERS)] if mark else []), *words]
 
 
 def _heads(axes: Axes, found: Explanation, y: float, tall: float) -> None:

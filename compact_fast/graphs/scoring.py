@@ -29,6 +29,7 @@ from compact_fast.graphs.options import (
     check_options,
 )
 from compact_fast.graphs.parsing import (
+    BeyondLimitsError,
     as_list,
     check_texts,
     check_threads,
@@ -79,8 +80,8 @@ def consensus(
     the order of teachers or on what else is in the call. Without the native module it is computed
     on rustworkx, with the same values.
 
-    Raises ValueError naming question and teacher for texts that are not valid strings or too long,
-    and for offsets that do not fit.
+    Raises ValueError naming question and teacher for texts that are not valid strings or too long
+    (BeyondLimitsError), and for offsets that do not fit.
     """
     options = check_options(options)
     settings = consensus_settings(
@@ -98,17 +99,17 @@ def consensus(
                 raise ValueError(f"{len(texts)} texts, but {len(final_answers)} final answers")
             final_answers = check_texts(final_answers, "final answer", optional=True)
         if native is not None:
-            flat = native.score_texts(texts, cu, final_answers, settings, count)
+            try:
+                flat = native.score_texts(texts, cu, final_answers, settings, count)
+            except OverflowError as error:
+                raise_parse_error(error)
         else:
             graphs = parse_python(texts, options)
             if final_answers is not None:
                 set_answers(graphs, final_answers)
             flat = _score_python(graphs, cu, settings, None)
-    except OverflowError as error:
-        try:
-            raise_parse_error(error)
-        except ValueError as named:
-            raise ValueError(name_place(str(named), cu)) from None
+    except BeyondLimitsError as error:
+        raise BeyondLimitsError(name_place(str(error), cu)) from None
     except ValueError as error:
         raise ValueError(name_place(str(error), cu)) from None
     return _result(flat, cu, backend)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +24,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from compact_fast.atomic import atomic_file, atomic_write_text
+from compact_fast.graphs.limits import limits_sentence, stand_ins
 from compact_fast.graphs.native import Backend
 from compact_fast.graphs.options import ANSWER_NONE, Centrality, GraphOptions, Mode
-from compact_fast.graphs.parsing import answer_keys, parse_rationales
-from compact_fast.graphs.scoring import consensus
+from compact_fast.graphs.parsing import BeyondLimitsError, answer_keys, parse_rationales
+from compact_fast.graphs.scoring import ConsensusResult, consensus
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = pa.schema(
     [
@@ -38,6 +43,8 @@ SCHEMA = pa.schema(
         ("right", pa.list_(pa.int8())),
         ("no_evidence", pa.bool_()),
         ("undecidable", pa.bool_()),
+        # too long for a step graph: compared by its final answer alone
+        ("answer_only", pa.list_(pa.bool_())),
     ]
 )
 
@@ -50,7 +57,16 @@ class QuestionTexts(NamedTuple):
     texts: list[str]
     answers: list[str | None] | None  # None: found in the texts
     gold: str | None
+    place: str = ""  # "file:line", for messages
 
+    def named(self, teacher: int | None = None) -> str:
+        """Where it stands, its id, and one of its teachers."""
+        place = f"{self.place}: " if self.place and self.place != self.id else ""
+        who = "" if teacher is None else f", teacher {self.teachers[teacher]}"
+        return f"{place}question {self.id}{who}"
+
+
+_COUNTED = re.compile(r"question (?P<q>\d+), teacher (?P<k>\d+): (?:(?:text|final answer) \d+: )?")
 
 Convert = Callable[[Mapping[str, Any], str], QuestionTexts]
 
@@ -77,6 +93,8 @@ class StreamReport:
     no_evidence: int
     undecidable: int
     teachers: list[TeacherFigures]
+    answer_only: int = 0  # rationales too long for a step graph, compared by their answers alone
+    answer_only_places: list[str] = field(default_factory=list)  # those of this run
 
 
 def score_file(
@@ -125,8 +143,10 @@ def score_file(
         )
         with atomic_file(parts / f"part-{number:08}.parquet") as temporary:
             pq.write_table(table, temporary)
+        beyond.extend(_answer_only(chunk, table))
         return len(chunk)
 
+    beyond: list[str] = []
     finished = done * chunk_questions
     share: float | None = None
     pending: Future[int] | None = None
@@ -143,6 +163,7 @@ def score_file(
             pending, share = worker.submit(score, chunk, number), reader.share
     report = _merge(parts, output, filter_below)
     report.resumed_at = min(done * chunk_questions, report.questions)
+    report.answer_only_places = beyond
     shutil.rmtree(parts)
     return report
 
@@ -157,7 +178,7 @@ def score_questions(
     threads: int | None = None,
 ) -> pa.Table:
     """Some questions' consensus as a table of SCHEMA. Where a question gives no final answers, they
-    are found in its texts."""
+    are found in its texts. A text too long for a step graph is compared by its answer alone."""
     choices: dict[str, Any] = {
         "options": options, "mode": mode, "centrality": centrality, "backend": backend,
         "threads": threads,
@@ -172,16 +193,15 @@ def score_questions(
     cu = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     texts = [text for q in chunk for text in q.texts]
     answers = None if without.any() else [a for q in chunk for a in q.answers or ()]
+    beyond = np.zeros(len(texts), dtype=bool)
     try:
-        found = consensus(texts, cu, final_answers=answers, **choices)
-    except ValueError as error:  # "question 7, teacher 1: text 30: ..." counts inside this chunk
-        known, comma, rest = str(error).partition(", teacher ")
-        if not comma or not known.startswith("question "):
-            raise
-        question = chunk[int(known.removeprefix("question "))]
-        teacher, _, reason = rest.partition(": ")
-        name = question.teachers[int(teacher)]
-        raise ValueError(f"question {question.id}, teacher {name}: {reason}") from None
+        found = _consensus(chunk, texts, cu, answers, choices)
+    except BeyondLimitsError:
+        texts, places = stand_ins(
+            texts, find_answers=answers is None, options=options, backend=backend
+        )
+        beyond[places] = True
+        found = _consensus(chunk, texts, cu, answers, choices)
     right = np.full(len(texts), -1, dtype=np.int8)
     gold, stated = answer_keys([q.gold for q in chunk], backend)
     if stated.any():
@@ -208,9 +228,35 @@ def score_questions(
             lists(right, cu),
             pa.array(found.no_evidence),
             pa.array(found.undecidable),
+            lists(beyond, cu),
         ],
         schema=SCHEMA,
     )
+
+
+def _consensus(
+    chunk: Sequence[QuestionTexts], texts: list[str], cu: Any, answers: Any, choices: dict[str, Any]
+) -> ConsensusResult:
+    """`consensus`, whose messages name questions and teachers instead of counting in this chunk."""
+    try:
+        return consensus(texts, cu, final_answers=answers, **choices)
+    except BeyondLimitsError:
+        raise
+    except ValueError as error:  # "question 7, teacher 1: text 30: ..."
+        found = _COUNTED.match(str(error))
+        if found is None:
+            raise
+        named = chunk[int(found["q"])].named(int(found["k"]))
+        raise ValueError(f"{named}: {str(error)[found.end() :]}") from None
+
+
+def _answer_only(chunk: Sequence[QuestionTexts], table: pa.Table) -> list[str]:
+    """The rationales that were compared by their answers alone, by name."""
+    column = table["answer_only"].combine_chunks()
+    if not np.any(column.flatten().to_numpy(zero_copy_only=False)):
+        return []
+    rows = zip(chunk, column.to_pylist(), strict=True)
+    return [q.named(k) for q, flags in rows for k, flag in enumerate(flags) if flag]
 
 
 def score_batch(batch: Any, **choices: Any) -> Any:
@@ -237,6 +283,8 @@ def score_batch(batch: Any, **choices: Any) -> Any:
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     chunk = [question_texts(row, f"row {i}") for i, row in enumerate(rows)]
     table = score_questions(chunk, **{"threads": 1, **choices})
+    if beyond := _answer_only(chunk, table):
+        logger.warning("%s", limits_sentence(beyond, choices.get("options")))
     scores, agreement = table["scores"], table["agreement"]
     if isinstance(batch, pa.Table):
         return batch.append_column("consensus", scores).append_column("agreement", agreement)
@@ -255,7 +303,8 @@ class RowReader:
         """Of the file, 0 to 1: what was skipped; what has been read, with that."""
 
     def rows(self, skip: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """(place, row) behind the first `skip` rows. Raises ValueError naming file and line."""
+        """(place, row) behind the first `skip` rows. Raises ValueError naming file and line, and
+        where the file has no rows at all."""
         path, suffix = self.path, self.path.suffix.lower()
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
@@ -280,18 +329,21 @@ class RowReader:
                     number += 1
                     self.share = number / total
                     yield f"{self.path}:row {number}", row
+            if not number:
+                raise ValueError(f"{self.path}: holds no rows")
         except pa.ArrowInvalid as error:
             place = f"{self.path}:row {number + 1}" if number else str(self.path)
             raise ValueError(f"{place}: is not valid parquet: {error}") from None
 
     def _lines(self, skip: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
         size = self.path.stat().st_size
-        behind = 0
+        behind, empty = 0, True
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 behind += len(line)
                 if line.isspace():
                     continue
+                empty = False
                 if skip > 0:
                     skip -= 1
                     self.skipped = self.share = behind / size
@@ -299,12 +351,22 @@ class RowReader:
                 place = f"{self.path}:{number}"
                 try:
                     row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{place}: is not valid JSON: {error}") from None
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(_json_problem(line, place, error)) from None
                 if not isinstance(row, dict):
                     raise ValueError(f"{place}: expected a record of named fields")
                 self.share = behind / size
                 yield place, row
+        if empty:
+            raise ValueError(f"{self.path}: the file is empty")
+
+
+def _json_problem(line: bytes, place: str, error: Exception) -> str:
+    """What is wrong with a line, in the words of the other readers."""
+    from compact_fast.data.files import parse_line  # seldom needed, and it brings all readers
+
+    line = line.removesuffix(b"\n").removeprefix(b"\xef\xbb\xbf")
+    return f"{place}: {parse_line(line, place).problem or f'is not valid JSON: {error}'}"
 
 
 def question_texts(row: Mapping[str, Any], place: str) -> QuestionTexts:
@@ -343,6 +405,7 @@ def question_texts(row: Mapping[str, Any], place: str) -> QuestionTexts:
         list(texts),
         answers,
         _answer_text(gold, f"{place}: answer"),
+        place,
     )
 
 
@@ -372,23 +435,29 @@ def _state(source: Path, options: GraphOptions, *choices: Any) -> dict[str, Any]
         "start": start.hexdigest(),
         "options": json.loads(json.dumps(asdict(options))),
         "choices": list(choices),
+        "columns": SCHEMA.names,
     }
 
 
 def _begin(parts: Path, state: dict[str, Any]) -> int:
     """Number of chunks that are already done."""
     file = parts / "state.json"
-    if file.exists():
-        known = json.loads(file.read_text())
-        if known != state:
-            changed = ", ".join(k for k in state if known.get(k) != state[k])
-            raise ValueError(
-                f"{parts}: was begun with another input or other options ({changed}); remove the "
-                "folder to start anew"
-            )
-    else:
+    done = _done(parts)
+    known = json.loads(file.read_text()) if file.exists() else None
+    if known is not None and known != state and done:
+        changed = ", ".join(k for k in state if known.get(k) != state[k])
+        raise ValueError(
+            f"{parts}: was begun with another input or other options ({changed}); remove the "
+            "folder to start anew"
+        )
+    if known != state:  # what has no finished part is no loss
         parts.mkdir(parents=True, exist_ok=True)
         atomic_write_text(file, json.dumps(state))
+    return done
+
+
+def _done(parts: Path) -> int:
+    """Chunks that lie there finished."""
     done = 0
     while (parts / f"part-{done:08}.parquet").exists():
         done += 1
@@ -397,7 +466,7 @@ def _begin(parts: Path, state: dict[str, Any]) -> int:
 
 def _merge(parts: Path, output: Path, filter_below: float) -> StreamReport:
     sums: dict[str, np.ndarray[Any, Any]] = {}
-    questions = no_evidence = undecidable = 0
+    questions = no_evidence = undecidable = answer_only = 0
     with atomic_file(output) as temporary, pq.ParquetWriter(temporary, SCHEMA) as writer:
         for path in sorted(parts.glob("part-*.parquet")):
             table = pq.read_table(path, schema=SCHEMA)
@@ -405,8 +474,10 @@ def _merge(parts: Path, output: Path, filter_below: float) -> StreamReport:
             questions += table.num_rows
             no_evidence += int(np.sum(table["no_evidence"].to_numpy()))
             undecidable += int(np.sum(table["undecidable"].to_numpy()))
+            flags = table["answer_only"].combine_chunks().flatten()
+            answer_only += int(np.sum(flags.to_numpy(zero_copy_only=False)))
             _add(sums, table, filter_below)
-    return StreamReport(questions, 0, no_evidence, undecidable, _figures(sums))
+    return StreamReport(questions, 0, no_evidence, undecidable, _figures(sums), answer_only)
 
 
 def _add(sums: dict[str, Any], table: pa.Table, filter_below: float) -> None:
@@ -462,4 +533,5 @@ def _figures(sums: Mapping[str, Any]) -> list[TeacherFigures]:
 def resumable(output: str | os.PathLike[str]) -> bool:
     """Would `score_file` go on with an earlier run?"""
     output = Path(output)
-    return (output.with_name(output.name + ".parts") / "state.json").exists()
+    parts = output.with_name(output.name + ".parts")
+    return (parts / "state.json").exists() and _done(parts) > 0

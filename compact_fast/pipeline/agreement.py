@@ -7,7 +7,7 @@ import json
 import logging
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,8 @@ class Agreement:
     undecidable: NDArray[np.bool_]  # [Q]; two
     backend: str
     cached: bool
+    answer_only: list[str] = field(default_factory=list)
+    """Rationales too long for a step graph, by name: compared by their final answers alone."""
 
 
 def graph_agreement(
@@ -41,7 +43,10 @@ def graph_agreement(
     threads: int | None = None,
     cache_dir: Path | None = None,
 ) -> Agreement:
-    """Graph consensus of every question, from `cache_dir` where the same texts are known."""
+    """Graph consensus of every question, from `cache_dir` where the same texts are known.
+
+    No rationale is too long for it: see `Agreement.answer_only`.
+    """
     texts = [r.text for q in questions for r in q.rationales]
     answers = [r.answer for q in questions for r in q.rationales]
     sizes = [len(q.rationales) for q in questions]
@@ -49,11 +54,23 @@ def graph_agreement(
     if cache_dir is not None:
         path = cache_dir / "consensus" / f"{_digest(texts, answers, sizes)}.npz"
         if (found := _load(path, sizes)) is not None:
-            return found
+            return _named(*found, questions)
     computed = _compute(texts, answers, sizes, backend, threads)
     if path is not None:
-        _store(path, computed)
-    return computed
+        _store(path, *computed)
+    return _named(*computed, questions)
+
+
+def _named(agreement: Agreement, beyond: Sequence[int], questions: Sequence[Question]) -> Agreement:
+    """With the names of the rationales at these places among all."""
+    if not len(beyond):
+        return agreement
+    names = [
+        f"{q.source + ': ' if q.source else ''}question {q.id}, teacher {r.teacher}"
+        for q in questions
+        for r in q.rationales
+    ]
+    return replace(agreement, answer_only=[names[s] for s in beyond])
 
 
 def _compute(
@@ -62,13 +79,22 @@ def _compute(
     sizes: list[int],
     backend: Backend,
     threads: int | None,
-) -> Agreement:
+) -> tuple[Agreement, list[int]]:
+    """The agreement, and the places of the rationales that are compared by their answers alone."""
     from compact_fast.graphs import consensus
+    from compact_fast.graphs.limits import stand_ins
+    from compact_fast.graphs.parsing import BeyondLimitsError
 
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    result = consensus(texts, offsets, final_answers=answers, backend=backend, threads=threads)
+    choices: dict[str, Any] = {"final_answers": answers, "backend": backend, "threads": threads}
+    beyond: list[int] = []
+    try:
+        result = consensus(texts, offsets, **choices)
+    except BeyondLimitsError:
+        texts, beyond = stand_ins(texts, find_answers=False, backend=backend)
+        result = consensus(texts, offsets, **choices)
     scores = np.asarray(result.scores, dtype=np.float64)
-    return Agreement(
+    agreement = Agreement(
         scores=np.split(scores, offsets[1:-1]),
         matrices=[np.asarray(m, dtype=np.float64) for m in result.agreement],
         no_evidence=np.asarray(result.no_evidence, dtype=bool),
@@ -76,6 +102,7 @@ def _compute(
         backend=str(result.backend),
         cached=False,
     )
+    return agreement, beyond
 
 
 def _digest(texts: list[str], answers: list[str | None], sizes: list[int]) -> str:
@@ -96,7 +123,7 @@ def _code() -> bytes:
     return digest.digest()
 
 
-def _store(path: Path, agreement: Agreement) -> None:
+def _store(path: Path, agreement: Agreement, beyond: Sequence[int]) -> None:
     flat = np.concatenate([m.ravel() for m in agreement.matrices])
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(
@@ -106,10 +133,11 @@ def _store(path: Path, agreement: Agreement) -> None:
             no_evidence=agreement.no_evidence,
             undecidable=agreement.undecidable,
             backend=np.array(agreement.backend),
+            beyond=np.array(beyond, dtype=np.int64),
         )
 
 
-def _load(path: Path, sizes: list[int]) -> Agreement | None:
+def _load(path: Path, sizes: list[int]) -> tuple[Agreement, list[int]] | None:
     if not path.is_file():
         return None
     try:
@@ -120,7 +148,7 @@ def _load(path: Path, sizes: list[int]) -> Agreement | None:
         return None
     k = np.array(sizes)
     matrices = np.split(parts["matrices"], np.cumsum(k * k)[:-1])
-    return Agreement(
+    agreement = Agreement(
         scores=np.split(parts["scores"], np.cumsum(k)[:-1]),
         matrices=[m.reshape(n, n) for m, n in zip(matrices, sizes, strict=True)],
         no_evidence=parts["no_evidence"],
@@ -128,6 +156,7 @@ def _load(path: Path, sizes: list[int]) -> Agreement | None:
         backend=str(parts["backend"]),
         cached=True,
     )
+    return agreement, parts["beyond"].tolist()
 
 
 def teacher_table(

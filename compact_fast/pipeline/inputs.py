@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from compact_fast.data import TokenizedData, TokenizeOptions, tokenize_questions
+from compact_fast.data.records import Question
+from compact_fast.graphs.limits import limits_sentence
 from compact_fast.pipeline.agreement import (
     Agreement,
     filtered_share,
@@ -34,6 +37,8 @@ class Inputs:
     student: Student
     train: TokenizedData
     held_out: TokenizedData | None
+    scored: list[Question]
+    """The corpus without the rationales that truncation left out: those `agreement` is about."""
     agreement: Agreement
     agreement_seconds: float
     teachers: dict[str, Any]
@@ -61,28 +66,54 @@ def prepare(
     )
     say(f"Tokens     {_tokens_line(tokens.report)}")
     started = time.perf_counter()
+    scored = kept_rationales(corpus.questions, tokens)
     agreement = graph_agreement(
-        corpus.questions,
+        scored,
         backend=config.training.consensus_backend,
         threads=config.training.consensus_threads,
         cache_dir=cache,
     )
     spent = time.perf_counter() - started
     say(f"Consensus  {_consensus_line(agreement, spent)}")
-    scores = {q.id: s.tolist() for q, s in zip(corpus.questions, agreement.scores, strict=True)}
-    train, held_out = _split(tokens.with_consensus(scores), len(corpus.train))
+    if agreement.answer_only:
+        say(f"           {limits_sentence(agreement.answer_only)}")
+    train, held_out = _split(_with_consensus(tokens, agreement), len(corpus.train))
     known = share_right(corpus.questions, corpus.teachers)
-    teachers = teacher_table(corpus.questions, corpus.teachers, agreement)
+    teachers = teacher_table(scored, corpus.teachers, agreement)
     return Inputs(
         config=config,
         corpus=corpus,
         student=student,
         train=train,
         held_out=held_out,
+        scored=scored,
         agreement=agreement,
         agreement_seconds=spent,
         teachers={**teachers, "share_right": known},
     )
+
+
+def kept_rationales(questions: Sequence[Question], tokens: TokenizedData) -> list[Question]:
+    """The questions, in their order, with the rationales that tokenisation kept alone."""
+    out = []
+    rows = tokens.rows.select_columns(["index", "rationale_index"])
+    for row in rows:
+        question, places = questions[row["index"]], row["rationale_index"]
+        if len(places) < len(question.rationales):
+            question = replace(question, rationales=[question.rationales[k] for k in places])
+        out.append(question)
+    return out
+
+
+def _with_consensus(tokens: TokenizedData, agreement: Agreement) -> TokenizedData:
+    """The rows with their scores; `agreement` is about the rationales that they hold."""
+    places = tokens.rows["rationale_index"]
+    scores = {}
+    for name, kept, found in zip(tokens.rows["id"], places, agreement.scores, strict=True):
+        of_read = np.full(max(kept) + 1, np.nan)  # a score for each rationale as read
+        of_read[kept] = found
+        scores[name] = of_read.tolist()
+    return tokens.with_consensus(scores)
 
 
 def student_of(config: RunConfig, *, training: bool = True) -> Student:
@@ -170,7 +201,7 @@ def teachers_text(inputs: Inputs) -> str:
     known = inputs.teachers["share_right"]
     counts = inputs.teachers["counts"]
     filtered = filtered_share(
-        corpus.questions, corpus.teachers, inputs.agreement, inputs.config.method.filter_below
+        inputs.scored, corpus.teachers, inputs.agreement, inputs.config.method.filter_below
     )
     rows = []
     for i, (name, agrees) in enumerate(

@@ -118,6 +118,8 @@ class CompactTrainingArguments(TrainingArguments):
         self.bf16 = launched_bf16(self.bf16)
         if self.bf16 is None:
             self.bf16 = gpu and torch.cuda.is_bf16_supported()
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # the host refuses bf16 unless told that the CPU is meant
         if not gpu:
             self.dataloader_pin_memory = False  # it would warn at every start
         # The older name of the same setting warns in newer versions of transformers.

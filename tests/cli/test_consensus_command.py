@@ -62,3 +62,17 @@ def test_rows_that_are_no_question(
     (tmp_path / "in.jsonl").write_text(row)
     assert main(["consensus", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "o.parquet")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_rationale_too_long_for_a_step_graph_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    long = "2 + 3 = 5\n" * 600 + "The answer is 5."
+    Path("in.jsonl").write_text(lists(completions=[long, "2 + 3 = 6"]) + lists(id="r"))
+    said = "alone: in.jsonl:1: question q, teacher ada"
+    assert main(["consensus", "in.jsonl", "-o", "o.parquet"]) == 0
+    assert capsys.readouterr().out.count(said) == 1
+    assert pq.read_table("o.parquet")["right"].to_pylist() == [[1, 0], [1, 0]]
+    assert main(["consensus", "in.jsonl", "--explain", "q"]) == 0
+    assert said in capsys.readouterr().out

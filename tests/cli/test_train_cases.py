@@ -309,3 +309,47 @@ def test_an_unset_output_is_the_default(go, tiny_student, rationales):
     code, _, err = go("train", "--student", tiny_student, "--data", rationales, *FEW)
     assert code == 0, err
     assert Path("runs/compact/run.json").is_file()
+
+
+def test_bf16_needs_no_word_about_the_cpu(train, tmp_path):
+    code, out, err = train("--bf16", "true")
+    assert code == 0, err
+    assert "Trained    2 steps" in out
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["config"]["bf16"] is True
+
+
+# ---- rationales too long for a step graph ------------------------------------------------------
+
+
+@pytest.fixture
+def long_rationale(rationales) -> Path:
+    """The third question's second teacher writes 513 steps."""
+    rows = [json.loads(line) for line in rationales.read_text().splitlines()]
+    text = rows[2]["rationales"][1]["text"]
+    rows[2]["rationales"][1]["text"] = "2 + 1 = 3\n" * 513 + text
+    rationales.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rationales
+
+
+@pytest.mark.parametrize("words", [(), ("--mode", "paper"), ("--consensus", "none")])
+def test_a_rationale_too_long_for_a_step_graph_is_said_and_trained_on(
+    words, go, long_rationale, tiny_student
+):
+    more = ("--max-length", 9000, "--holdout", 0, "--lora", "false", *words)
+    code, out, err = go("check", "--student", tiny_student, "--data", long_rationale, *more)
+    assert code == 0, err
+    said = [line for line in out.splitlines() if "compared by the final answer alone" in line]
+    assert len(said) == 1
+    assert "1 rationale has more than 512 steps" in said[0]
+    assert said[0].endswith(f"{long_rationale}:3: question q2, teacher bob")
+    assert "dropped" not in out
+
+
+def test_a_dropped_rationale_is_not_made_into_a_graph(train, long_rationale, tmp_path):
+    code, out, err = train(data=long_rationale)
+    assert code == 0, err
+    assert "1 rationales dropped (longer than max_length)" in out
+    assert "final answer alone" not in out
+    agreement = json.loads((tmp_path / "run" / "agreement.json").read_text())
+    assert agreement["counts"] == [[6, 5], [5, 5]]

@@ -269,7 +269,7 @@ REFUSED: dict[str, tuple[Call, str]] = {
         lambda **b: score_batch(
             {"id": ["x"], "rationales": [[{"teacher": "anna", "text": STRANGE}]]}, **b
         ),
-        "question x, teacher anna: text 0: not valid Unicode",
+        "row 0: question x, teacher anna: not valid Unicode",
     ),
 }  # fmt: skip
 
@@ -397,7 +397,7 @@ def test_edge_weights_are_bounded() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"rationales": [{"text": "\xff\xfe"}]}', "in.jsonl:1: is not valid JSON"),
+        (b'{"rationales": [{"text": "\xff\xfe"}]}', "in.jsonl:1: byte 27 of the line is not UTF-8"),
         (b'{"rationales": [{"text": "a\\ud800"}]}', "question .*, teacher .*: not valid Unicode"),
         (b'{"rationales": [{"text": "a", "answer": NaN}]}', r"rationales\[0\].answer: .*got nan"),
         (b'{"rationales": [{"text": "a", "answer": {"b": 1}}]}', r"rationales\[0\].answer"),

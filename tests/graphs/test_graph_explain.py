@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from compact_fast.graphs import GraphOptions, consensus, explain, match, parse_rationales
 from compact_fast.graphs.explain import examine
 from compact_fast.graphs.fallback_parse import step_texts
-from compact_fast.graphs.picture import draw, save
+from compact_fast.graphs.picture import _agreed, draw, save
 
 TEXTS = ["2 + 3 = 5\n5 * 4 = 20\n#### 20", "So 3 + 2 = 5, then 4 * 5 = 20.", "2 * 3 = 6"]
 NAMES = ["anna", "ben", "cleo"]
@@ -28,6 +28,22 @@ def test_text_names_steps_matches_and_scores() -> None:
     assert "anna and ben: steps 1.000, matched 1=1 2=2" in shown
     assert "answer 6" in shown
     assert f"score {consensus(TEXTS, [0, 3]).scores[0]:.3f}" in shown
+
+
+def test_matched_steps_with_other_results_are_not_called_equal() -> None:
+    right = "There are 8 + 270 = 278 pens.\n278 - 8 = 270\nAll in all we are glad."
+    wrong = "There are 8 + 30 = 38 pens.\n278 - 8 = 270\nAll in all we are glad."
+    found = examine([right, wrong], ["anna", "ben"])
+    assert found.matches[0, 1] == [(0, 0), (1, 1), (2, 2)]
+    shown = found.text(120)
+    assert "1. ~1 (+) 8, 30 = 38" in shown
+    assert "2. =2 (-) 8, 278 = 270" in shown
+    assert "matched 1~1 2=2 3~3" in shown  # the last states no result
+    assert "matched steps: = with equal results, ~ with others or none" in shown
+    words = [text.get_text() for text in draw(found).axes[0].texts]
+    assert [w for w in words if w.startswith(("= ", "~ "))] == ["~ anna 1", "= anna 2", "~ anna 3"]
+    assert _agreed(found, [0, 0]) == set()
+    assert _agreed(found, [1, 1]) == {0, 1}
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])

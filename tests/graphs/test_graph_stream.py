@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -17,9 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 from graph_support import needs_native
 
+from compact_fast.data import read_questions
 from compact_fast.graphs import GraphOptions, consensus
+from compact_fast.graphs.limits import stand_ins
 from compact_fast.graphs.stream import (
     resumable,
+    score_batch,
     score_file,
 )
 
@@ -169,17 +173,17 @@ def test_survives_kills(tmp_path: Path) -> None:
 
 
 BAD = [
-    ("{", "in.jsonl:2: is not valid JSON"),
+    ("{", "in.jsonl:2: is not valid JSON: .* at column 2"),
+    ('{"id": "x", "rationales": ', "in.jsonl:2: is not valid JSON: Expecting value at column 27"),
+    ("[" * 100_000, "in.jsonl:2: is nested too deeply"),
     ("[1]", "in.jsonl:2: expected a record"),
     ('{"id": 1}', "in.jsonl:2: rationales: expected a list, got NoneType"),
     ('{"rationales": "text"}', "in.jsonl:2: rationales: expected a list, got str"),
     ('{"rationales": [{"teacher": "a"}]}', r"in.jsonl:2: rationales\[0\].text: is missing"),
     ('{"rationales": [{"text": 5}]}', "in.jsonl:2: rationale 0: expected text, got int"),
     (
-        json.dumps(
-            {"id": "x", "rationales": [{"text": "b\n" * 600, "teacher": "t9", "answer": "1"}]}
-        ),
-        "question x, teacher t9: text .*: too many steps",
+        '{"id": "x", "rationales": [{"text": "\\ud800", "teacher": "t9", "answer": "1"}]}',
+        "in.jsonl:2: question x, teacher t9: not valid Unicode at character 0",
     ),
 ]
 
@@ -191,6 +195,98 @@ def test_bad_rows(line: str, message: str, rows: list[dict[str, Any]], tmp_path:
     with pytest.raises(ValueError, match=message):
         score_file(source, tmp_path / "out.parquet")
     assert not (tmp_path / "out.parquet").exists()
+
+
+LONG = "".join(f"{i} + 1 = {i + 1}\n" for i in range(600))
+
+
+def long_row(**more: Any) -> dict[str, Any]:
+    texts = [
+        f"{LONG}The answer is 7.",
+        "3 + 4 = 7. The answer is 7.",
+        "4 * 2 = 8. The answer is 8.",
+    ]
+    rationales = [{"teacher": f"t{k}", "text": text} for k, text in enumerate(texts)]
+    for rationale, answer in zip(rationales, more.pop("answers", []), strict=False):
+        rationale["answer"] = answer
+    return {"id": "x", "answer": "7", "rationales": rationales, **more}
+
+
+@pytest.mark.parametrize("answers", [[], ["7", "7", "8"]])
+@pytest.mark.parametrize("backend", ["rustworkx", pytest.param("native", marks=needs_native)])
+def test_a_rationale_beyond_the_limits_counts_by_its_answer(
+    answers: list[str], backend: Any, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.parquet"
+    source.write_text(json.dumps(rows[3]) + "\n" + json.dumps(long_row(answers=answers)) + "\n")
+    report = score_file(source, out, backend=backend)
+    assert report.questions == 2
+    assert report.answer_only == 1
+    assert report.answer_only_places == [f"{source}:2: question x, teacher t0"]
+    plain, found = pq.read_table(out).to_pylist()
+    assert plain["answer_only"] == [False] * 4
+    assert found["answer_only"] == [True, False, False]
+    assert found["right"] == [1, 1, 0]
+    # what a text without steps gets, its answer given
+    texts = ["", *(r["text"] for r in long_row()["rationales"][1:])]
+    same = consensus(texts, [0, 3], final_answers=["7", "7", "8"], backend=backend)
+    assert found["scores"] == same.scores.tolist()
+    assert found["scores"][0] > found["scores"][2]
+
+
+def test_a_batch_names_what_is_beyond_the_limits(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("compact_fast").propagate = True
+    with caplog.at_level(logging.WARNING):
+        found = score_batch({name: [value] for name, value in long_row().items()})
+    assert len(found["consensus"][0]) == 3
+    assert "1 rationale has more than 512 steps" in caplog.text
+    assert "row 0: question x, teacher t0" in caplog.text
+
+
+@pytest.mark.parametrize("backend", ["rustworkx", pytest.param("native", marks=needs_native)])
+def test_only_what_the_parser_refuses_is_stood_in_for(backend: Any) -> None:
+    options = GraphOptions(max_steps=3, max_bytes=40)
+    texts = ["1\n2\n3", "1\n2\n3\n4", "é" * 20, "é" * 21, "a" * 40, "=" * 41 + "\n#### 5", ""]
+    found, places = stand_ins(texts, find_answers=True, options=options, backend=backend)
+    assert places == [1, 3, 5]
+    assert [found[s] for s in (0, 2, 4, 6)] == [texts[s] for s in (0, 2, 4, 6)]
+    assert found[5] == "#### 5"
+    assert stand_ins(texts, find_answers=False, options=options)[0][5] == ""
+
+
+def test_a_broken_line_is_worded_as_the_other_readers_do(tmp_path: Path) -> None:
+    for line in (b'{"id": \n', b'{"id": "\xff"}\n'):
+        source = tmp_path / "in.jsonl"
+        source.write_bytes(line)
+        with pytest.raises(ValueError, match=r"line|JSON") as ours:
+            score_file(source, tmp_path / "out.parquet")
+        with pytest.raises(ValueError, match=r"line|JSON") as theirs:
+            read_questions(source)
+        assert str(theirs.value).startswith(str(ours.value))
+
+
+def test_a_file_without_rows_is_refused(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.parquet"
+    for text in ("", "\n \n"):
+        source.write_text(text)
+        with pytest.raises(ValueError, match=r"in.jsonl: the file is empty"):
+            score_file(source, out)
+    pq.write_table(pa.table({"id": pa.array([], pa.string())}), tmp_path / "in.parquet")
+    with pytest.raises(ValueError, match=r"in.parquet: holds no rows"):
+        score_file(tmp_path / "in.parquet", out)
+    assert not out.exists()
+
+
+def test_a_mended_input_is_begun_anew(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.parquet"
+    source.write_text(json.dumps(rows[3]) + "\n{\n")
+    with pytest.raises(ValueError, match=r"in.jsonl:2"):
+        score_file(source, out)
+    assert not resumable(out)
+    source.write_text(json.dumps(rows[3]) + "\n")
+    report = score_file(source, out)
+    assert (report.questions, report.resumed_at) == (1, 0)
+    assert not out.with_name("out.parquet.parts").exists()
 
 
 def test_bad_files(tmp_path: Path) -> None:

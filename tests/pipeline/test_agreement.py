@@ -50,6 +50,27 @@ def test_the_odd_one_out_scores_least():
     assert not found.cached
 
 
+LONG = "".join(f"{i} + 1 = {i + 1}\n" for i in range(513)) + "The answer is 7."
+
+
+def test_a_rationale_beyond_the_limits_counts_by_its_answer(tmp_path):
+    texts = {"b": "3 + 4 = 7. The answer is 7.", "c": "3 - 4 = 1. The answer is 1."}
+    long = question("long", a=LONG, **texts)
+    long.source = "in.jsonl:4"
+    for rationale, answer in zip(long.rationales, "771", strict=True):
+        rationale.answer = answer
+    found = graph_agreement([*QUESTIONS, long], cache_dir=tmp_path)
+    assert found.answer_only == ["in.jsonl:4: question long, teacher a"]
+    plain = graph_agreement(QUESTIONS)
+    assert plain.answer_only == []
+    for ours, theirs in zip(found.scores[:3], plain.scores, strict=True):
+        assert np.array_equal(ours, theirs)
+    assert found.matrices[3][0].tolist() == [1.0, 1.0, 0.0]
+    again = graph_agreement([*QUESTIONS, long], cache_dir=tmp_path)
+    assert again.cached
+    assert again.answer_only == found.answer_only
+
+
 def test_the_same_texts_come_from_the_cache(tmp_path):
     first = graph_agreement(QUESTIONS, cache_dir=tmp_path)
     second = graph_agreement(QUESTIONS, cache_dir=tmp_path)
