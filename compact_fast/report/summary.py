@@ -59,7 +59,9 @@ def leaders(run: Run) -> list[tuple[str, float, float]]:
 
 def _state(run: Run) -> str:
     status = str(run.info.get("status", "unknown"))
-    steps = max((row["step"] for row in run.train), default=0)
+    logged = max((row["step"] for row in run.train), default=0)
+    last = number(run.info.get("last_step"))  # absent while a run is on, or of an older version
+    steps = logged if last is None else int(last)
     planned = number(run.info.get("steps")) or number(run.config.get("max_steps"))
     of = f" of {planned:,.0f}" if planned and planned > 0 else ""
     seconds = run.series("time")[1]
@@ -68,12 +70,10 @@ def _state(run: Run) -> str:
         words = f"The run finished: {steps:,}{of} optimizer steps{took}."
     elif status == "running":
         words = "The run has not ended, or died without a word: run.json still says “running”. " + (
-            f"Its last logged step is {steps:,}{of}{took}." if steps else "It logged no step."
+            f"Its last logged step is {logged:,}{of}{took}." if logged else "It logged no step."
         )
     else:
-        words = (
-            f"The run did not finish (“{status}”): {steps:,}{of} optimizer steps were logged{took}."
-        )
+        words = f"The run did not finish (“{status}”): {steps:,}{of} optimizer steps{took}."
     resumed = run.info.get("resumed")
     if isinstance(resumed, list) and resumed:
         at = ", ".join(f"{r.get('step', 0):,}" for r in resumed[:5] if isinstance(r, dict))
