@@ -37,6 +37,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def counted(n: int, noun: str) -> str:
+    """ "1 question", "3,000 questions"."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 def duration(seconds: float) -> str:
     """ "42 s", "3 min 05 s", "2 h 07 min"."""
     whole = round(seconds)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from compact_fast.cli.arguments import Arguments
 from compact_fast.cli.verb import Verb
 from compact_fast.run_config import GROUPS, RunConfig, load
-from compact_fast.tables import ProgressLine, duration, indent
+from compact_fast.tables import ProgressLine, counted, duration, indent
 
 if TYPE_CHECKING:
     from compact_fast.pipeline.inputs import Inputs
@@ -113,8 +113,7 @@ def _finish(outcome: Outcome) -> None:
     from compact_fast.pipeline.training import before_after_text, weights_text
     from compact_fast.report import write_report
 
-    per_step = f", {outcome.seconds / outcome.steps:.2f} s a step" if outcome.steps else ""
-    say(f"Trained    {outcome.steps:,} steps in {duration(outcome.seconds)}{per_step}")
+    say(f"Trained    {_trained(outcome)}")
     say("")
     if weights := weights_text(outcome.folder):
         say(indent(weights) + "\n")
@@ -123,6 +122,18 @@ def _finish(outcome: Outcome) -> None:
     page = write_report(outcome.folder)
     say(f"Model      {outcome.folder / 'model'}")
     say(f"Report     {page}")
+
+
+def _trained(outcome: Outcome) -> str:
+    """Steps and time of this session alone, and where it began."""
+    made = outcome.steps - outcome.resumed_at
+    if not made:
+        return f"nothing: all {counted(outcome.steps, 'step')} had been made before"
+    speed = f"{outcome.seconds / made:.2f} s a step"
+    words = f"{counted(made, 'step')} in {duration(outcome.seconds)}, {speed}"
+    if outcome.resumed_at:
+        words += f"; resumed at step {outcome.resumed_at:,}, now at {outcome.steps:,}"
+    return words
 
 
 def _compare(config: RunConfig) -> int:

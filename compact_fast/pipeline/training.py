@@ -44,7 +44,14 @@ class Outcome:
 
     folder: Path
     steps: int
+    """Optimizer steps in all."""
+
+    resumed_at: int
+    """How many of them an earlier session had made."""
+
     seconds: float
+    """Spent on the others."""
+
     before: dict[str, Any] | None
     after: dict[str, Any] | None
 
@@ -175,7 +182,9 @@ def train(inputs: Inputs, say: Say, hear: Hear, *, resume: str | None) -> Outcom
         save_model(folder / "model", inputs, whole.weights if whole else None)
     with in_step(trainer.model):
         after = measure.after(folder) if measure else None
-    return Outcome(folder, trainer.state.global_step, seconds, before, after)
+    return Outcome(
+        folder, trainer.state.global_step, trainer.files.first_step, seconds, before, after
+    )
 
 
 def save_model(path: Path, inputs: Inputs, weights: Mapping[str, Any] | None) -> None:

@@ -63,7 +63,7 @@ def _state(run: Run) -> str:
     last = number(run.info.get("last_step"))  # absent while a run is on, or of an older version
     steps = logged if last is None else int(last)
     planned = number(run.info.get("steps")) or number(run.config.get("max_steps"))
-    of = f" of {planned:,.0f}" if planned and planned > 0 else ""
+    of = f" of {planned:,.0f}" if planned and planned >= max(steps, 1) else ""
     seconds = run.series("time")[1]
     took = f", {_duration(seconds[-1])} after its start" if seconds else ""
     if status == "finished":

@@ -194,6 +194,30 @@ def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(train, tmp_path):
     assert model.read_bytes() != first
 
 
+def test_what_was_trained_is_of_this_session(train):
+    code, out, _ = train()
+    assert code == 0
+    assert "Trained    2 steps in " in out
+    assert "resumed" not in out
+    code, out, err = train("--max-steps", "3")
+    assert code == 0, err
+    assert "Trained    1 step in " in out
+    assert " s a step; resumed at step 2, now at 3\n" in out
+    code, out, err = train("--max-steps", "3", "--max-new-tokens", "4")
+    assert code == 0, err
+    assert "Trained    nothing: all 3 steps had been made before\n" in out
+
+
+def test_a_finished_run_is_not_redone_for_another_way_to_watch_it(train, tmp_path):
+    assert train()[0] == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    code, out, _ = train("--progress", "none", "--logging-steps", "2")
+    assert code == 0
+    assert "holds this very run, finished" in out
+    assert "Student" not in out
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+
+
 def test_another_run_in_the_same_folder_is_refused(train, tmp_path):
     assert train()[0] == 0
     (tmp_path / "run" / "mine.txt").write_text("keep")
