@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from compact_fast.atomic import atomic_file
+from compact_fast.glyphs import drawable
 from compact_fast.graphs.explain import Explanation
 
 INK, FAINT, RULE, PAPER = "#1c2733", "#5d6b78", "#d4dbe1", "#ffffff"
@@ -31,6 +33,7 @@ def draw(found: Explanation) -> Figure:
     Colour says how well a teacher agrees: of a head its score, of a step whether the best teacher
     has it too. Raises ValueError where the steps are too many for one picture.
     """
+    found = _drawable(found)
     teachers, rows = found.teachers, found.rows()
     k = len(teachers)
     cells = [[_lines(found, t, i) for t, i in enumerate(row)] for row in rows]
@@ -67,6 +70,16 @@ def save(found: Explanation, path: Path) -> None:
     figure = draw(found)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI, facecolor=PAPER)
+
+
+def _drawable(found: Explanation) -> Explanation:
+    """The same with names that the font can draw."""
+    names = {t.name: drawable(t.name, i) for i, t in enumerate(found.teachers)}
+    teachers = [
+        replace(t, name=names[t.name], copy_of=names[t.copy_of] if t.copy_of else None)
+        for t in found.teachers
+    ]
+    return replace(found, teachers=teachers)
 
 
 def _lines(found: Explanation, teacher: int, step: int | None) -> list[str]:
