@@ -53,7 +53,9 @@ def duration(seconds: float) -> str:
 
 
 def size(number_of_bytes: float) -> str:
-    """ "312 MB", "4.2 GB"; decimal units."""
+    """ "312 kB", "312 MB", "4.2 GB"; decimal units."""
+    if number_of_bytes < 1e6:
+        return f"{number_of_bytes / 1e3:,.0f} kB"
     if number_of_bytes < 1e9:
         return f"{number_of_bytes / 1e6:,.0f} MB"
     return f"{number_of_bytes / 1e9:,.1f} GB"
