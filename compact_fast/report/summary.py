@@ -8,6 +8,7 @@ from datetime import datetime
 
 from compact_fast.evaluate.results import Measure, format_value, measures
 from compact_fast.report.read import Run, number
+from compact_fast.tables import counted
 
 STRETCHES = 10  # pieces of a run in which the leading teacher is looked up
 LEAST_ROWS = 3  # log rows a piece, so that one noisy row makes no leader
@@ -164,7 +165,8 @@ def _left_out(run: Run) -> str:
         words.append(
             "No question was skipped."
             if not skipped
-            else f"{skipped:,.0f} questions were skipped: no teacher's scores were finite."
+            else f"{counted(round(skipped), 'question')} "
+            f"{'was' if skipped == 1 else 'were'} skipped: no teacher's scores were finite."
         )
     if counts:
         parts = ", ".join(f"{t} {n:,.0f}" for t, n in counts)
