@@ -100,5 +100,10 @@ VERB = Verb(
         Option("output", "Also write the figures as JSON.", "FILE", short="o"),
         CONFIG,
     ),
-    groups=("run", "data", "world", "evaluation"),
+    groups=("evaluation",),
+    keys=(
+        *("student", "student_dtype", "data", "split", "limit", "on_error", "max_length"),
+        *("truncation", "system_prompt", "system_role"),
+        *("world_seed", "world_scenario", "world_shuffle_styles", "seed", "backend"),
+    ),
 )
