@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,6 +99,7 @@ def load_student(
     lora: LoraSettings | None = None,
     gradient_checkpointing: bool = False,
     seed: int = 0,
+    training: bool = True,
 ) -> Student:
     """Load a student and its tokenizer.
 
@@ -106,6 +108,7 @@ def load_student(
     "arithmetic" (the built-in student). `dtype` is "fp32", "bf16" or "auto": bf16 on a GPU that
     has it, else fp32. With `lora` the student is wrapped by peft and only the adapter trains; a
     folder that holds an adapter trains on with that adapter. `seed` draws the adapter's start.
+    Where `training` is false the description does not say how much is trained.
     Raises ValueError naming the spec and what is wrong with it.
     """
     torch_dtype = resolve_dtype(dtype)
@@ -120,7 +123,7 @@ def load_student(
         prepare_checkpointing(model)
     check_vocabulary(model, tokenizer, spec)
     check_head(model)
-    return Student(model, tokenizer, spec, describe(model, spec))
+    return Student(model, tokenizer, spec, describe(model, spec, training=training))
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -198,9 +201,20 @@ def _from_pretrained(where: str, spec: str, dtype: torch.dtype, **kwargs: Any) -
                 f"student={spec!r}: no such folder here, not in the local cache of the model hub, "
                 "and the hub cannot be reached"
             ) from error
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"student={spec!r}: cannot be loaded: {reason}") from error
+        raise ValueError(f"student={spec!r}: {_why_not_loaded(error)}") from error
     return model, tokenizer
+
+
+def _why_not_loaded(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    # transformers goes on with the names of all classes that it would have taken
+    other = re.match(r"Unrecognized configuration class <class '(?:\w+\.)*(\w+)'>", text)
+    if other:
+        return (
+            f"{other[1].removesuffix('Config')} is no causal language model; name one that "
+            "continues text, such as a Llama, a Qwen or a SmolLM"
+        )
+    return f"cannot be loaded: {text[:300]}"
 
 
 def _on_hub(spec: str) -> bool:
@@ -304,14 +318,14 @@ def prepare_checkpointing(model: Any) -> None:
         model.enable_input_require_grads()
 
 
-def describe(model: Any, spec: str) -> str:
-    """One line: class, parameters, trained share, dtype."""
+def describe(model: Any, spec: str, *, training: bool = True) -> str:
+    """One line: class, parameters, trained share (in training), dtype."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     name = type(causal_model(model)).__name__
-    share = f"{trained / 1e6:.2f}M trained" if trained < total else "all trained"
-    return f"{spec}: {name}, {total / 1e6:.1f}M parameters, {share}, {dtype}"
+    share = f"{trained / 1e6:.2f}M trained, " if trained < total else "all trained, "
+    return f"{spec}: {name}, {total / 1e6:.1f}M parameters, {share if training else ''}{dtype}"
 
 
 # ---- parts -----------------------------------------------------------------------------------

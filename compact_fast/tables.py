@@ -37,6 +37,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def counted(n: int, noun: str) -> str:
+    """ "1 question", "3,000 questions"."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 def duration(seconds: float) -> str:
     """ "42 s", "3 min 05 s", "2 h 07 min"."""
     whole = round(seconds)
@@ -48,7 +53,9 @@ def duration(seconds: float) -> str:
 
 
 def size(number_of_bytes: float) -> str:
-    """ "312 MB", "4.2 GB"; decimal units."""
+    """ "312 kB", "312 MB", "4.2 GB"; decimal units."""
+    if number_of_bytes < 1e6:
+        return f"{number_of_bytes / 1e3:,.0f} kB"
     if number_of_bytes < 1e9:
         return f"{number_of_bytes / 1e6:,.0f} MB"
     return f"{number_of_bytes / 1e9:,.1f} GB"

@@ -391,6 +391,26 @@ def test_what_cannot_be_loaded_is_said(spec: str, message: str) -> None:
     assert repr(spec) in str(caught.value)
 
 
+def test_a_student_that_is_no_causal_model_is_refused_in_one_sentence(folder: Path) -> None:
+    import transformers
+
+    config = transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    with pytest.raises(ValueError) as caught:
+        load_student(str(folder))
+    assert str(caught.value) == (
+        f"student={str(folder)!r}: T5 is no causal language model; name one that continues text, "
+        "such as a Llama, a Qwen or a SmolLM"
+    )
+
+
+def test_trained_parameters_are_named_only_in_training(folder: Path) -> None:
+    assert "all trained" in load_student(str(folder)).description
+    assert "trained" not in load_student(str(folder), training=False).description.split(":")[1]
+
+
 def test_an_unreachable_hub_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 

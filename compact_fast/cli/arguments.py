@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,15 +52,17 @@ def parse(
     *,
     names: Sequence[str] = (),
     required: int = 0,
-    config_keys: bool = True,
+    keys: Collection[str] | None = None,
+    verb: str = "this command",
 ) -> Arguments:
     """Split a command line.
 
     `names` are the positional arguments in order, the first `required` of which must be there; a
     last one that ends in "..." stands for any number.
-    With `config_keys` every other flag is a configuration key: `--key value`, `--key=value`, dashes
-    or underscores, `--no-key` and a bare `--key` for true-or-false keys. Raises ValueError naming
-    the argument, with the nearest name for an unknown one.
+    Every other flag is a configuration key, one of `keys` where those are given (None: any key, and
+    any field of TrainingArguments): `--key value`, `--key=value`, dashes or underscores, `--no-key`
+    and a bare `--key` for true-or-false keys. Raises ValueError naming the argument, with the
+    nearest name for an unknown one, and `verb` for a key that it does not use.
     """
     own = {o.name: o for o in (*options, DEBUG, HELP)}
     short = {o.short: o for o in own.values() if o.short}
@@ -76,10 +78,11 @@ def parse(
             given = text if equals else None
             if name in own:
                 _own_option(out, own[name], word, given, rest)
-            elif config_keys:
-                _override(out, name.replace("-", "_"), given, rest, own)
             else:
-                raise ValueError(f"{word}: unknown option{near(name, own)}")
+                key = name.replace("-", "_")
+                if keys is not None:
+                    _refuse_unused(key, keys, own, verb)
+                _override(out, key, given, rest, own)
         elif word.startswith("-") and word[1:] in short:
             _own_option(out, short[word[1:]], word, None, rest)
         elif word.startswith("-") and len(word) > 1:
@@ -103,6 +106,18 @@ def _own_option(
         out.options[option.name] = True
     else:
         out.options[option.name] = given if given is not None else _value(word, rest)
+
+
+def _refuse_unused(key: str, keys: Collection[str], own: Collection[str], verb: str) -> None:
+    named, known = flag_name(key), schema()
+    if key not in known and key.startswith("no_"):
+        key = key[3:]
+    if key in keys:
+        return
+    if keys and key in known:
+        raise ValueError(f"{named}: {verb} does not use this key; --help shows those it does")
+    names = [*own, *(flag_name(k).removeprefix("--") for k in keys)]
+    raise ValueError(f"{named}: unknown option{near(named.removeprefix('--'), names)}")
 
 
 def _override(

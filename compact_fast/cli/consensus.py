@@ -14,7 +14,7 @@ from compact_fast.cli.train import say
 from compact_fast.cli.verb import Verb
 from compact_fast.flat_yaml import Setting, check, parse_text
 from compact_fast.run_config import schema
-from compact_fast.tables import ProgressLine, duration, indent, percent, table
+from compact_fast.tables import ProgressLine, counted, duration, indent, percent, table
 
 if TYPE_CHECKING:
     from compact_fast.graphs.stream import QuestionTexts, StreamReport
@@ -49,7 +49,7 @@ def run(arguments: Arguments) -> int:
     new = report.questions - report.resumed_at
     earlier = f", {report.resumed_at:,} of them by an earlier run" if report.resumed_at else ""
     speed = f"{new / max(spent, 1e-9):,.0f} questions/s"
-    done = f"{report.questions:,} questions{earlier}, {duration(spent)}, {speed}"
+    done = f"{counted(report.questions, 'question')}{earlier}, {duration(spent)}, {speed}"
     say(f"Wrote {target}: {done}")
     return 0
 

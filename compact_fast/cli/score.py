@@ -101,5 +101,10 @@ VERB = Verb(
     names=("DATA",),
     required=1,
     options=(Option("output", "The parquet file to write.", "FILE", short="o"), CONFIG),
-    groups=("run", "data", "world", "method", "training"),
+    groups=("world", "method"),
+    keys=(
+        *("student", "student_dtype", "split", "limit", "teachers", "on_error", "max_length"),
+        *("truncation", "system_prompt", "system_role", "cache_dir"),
+        *("backend", "share_prompts", "consensus_backend", "consensus_threads"),
+    ),
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from compact_fast.cli.arguments import Arguments
 from compact_fast.cli.verb import Verb
 from compact_fast.run_config import GROUPS, RunConfig, load
-from compact_fast.tables import ProgressLine, duration, indent
+from compact_fast.tables import ProgressLine, counted, duration, indent
 
 if TYPE_CHECKING:
     from compact_fast.pipeline.inputs import Inputs
@@ -55,16 +55,18 @@ def hear(name: str) -> ProgressLine:
 def read(
     config: RunConfig, *, quarantine: Path | None = None, write: bool = True, training: bool = True
 ) -> Inputs:
-    """Read the data first, so that what is wrong with it shows at once, then all the rest."""
-    from compact_fast.pipeline.corpus import cache_folder, read_corpus
+    """Look for what is named and absent, then read the data, so that what is wrong with it shows
+    at once, then all the rest."""
+    from compact_fast.pipeline.corpus import cache_folder, read_corpus, refuse_absent
 
+    refuse_absent(config)
     kept = cache_folder(config) / "questions" if write else None
     corpus = read_corpus(config, quarantine=quarantine, cache_dir=kept)
     held = f", {len(corpus.held_out):,} held out" if corpus.held_out else ""
-    say(f"Data       {corpus.source}: {len(corpus.train):,} questions{held}")
+    say(f"Data       {corpus.source}: {counted(len(corpus.train), 'question')}{held}")
     if corpus.quarantined:
         where = f" (see {quarantine})" if quarantine else ""
-        say(f"           {corpus.quarantined:,} broken records left out{where}")
+        say(f"           {counted(corpus.quarantined, 'broken record')} left out{where}")
     from compact_fast.pipeline.inputs import prepare
 
     return prepare(config, corpus, say, write=write, training=training)
@@ -89,13 +91,13 @@ def _introduce(inputs: Inputs) -> None:
     if t.max_tokens_per_step is not None:
         passes = budgeted(config, inputs.student.model, question_lengths(rows))
     steps, epochs = count_steps(config, len(rows), processes, passes)
-    per_step = f"{t.questions_per_step * t.gradient_accumulation_steps * processes} questions"
+    per_step = counted(t.questions_per_step * t.gradient_accumulation_steps * processes, "question")
     if t.max_tokens_per_step is not None:
         most = t.max_tokens_per_step * t.gradient_accumulation_steps * processes
-        per_step = f"at most {most:,} tokens"
+        per_step = f"at most {counted(most, 'token')}"
     say(f"Method     {method_line(config)}")
     say(f"Backend    {choice.backend.name} ({choice.reason})")
-    say(f"Steps      {steps:,} of {per_step}, {epochs:.3g} epochs")
+    say(f"Steps      {steps:,} of {per_step}, {epochs:.3g} {'epoch' if epochs == 1 else 'epochs'}")
     say("")
     say(indent(teachers_text(inputs)))
     say("")
@@ -113,8 +115,7 @@ def _finish(outcome: Outcome) -> None:
     from compact_fast.pipeline.training import before_after_text, weights_text
     from compact_fast.report import write_report
 
-    per_step = f", {outcome.seconds / outcome.steps:.2f} s a step" if outcome.steps else ""
-    say(f"Trained    {outcome.steps:,} steps in {duration(outcome.seconds)}{per_step}")
+    say(f"Trained    {_trained(outcome)}")
     say("")
     if weights := weights_text(outcome.folder):
         say(indent(weights) + "\n")
@@ -123,6 +124,18 @@ def _finish(outcome: Outcome) -> None:
     page = write_report(outcome.folder)
     say(f"Model      {outcome.folder / 'model'}")
     say(f"Report     {page}")
+
+
+def _trained(outcome: Outcome) -> str:
+    """Steps and time of this session alone, and where it began."""
+    made = outcome.steps - outcome.resumed_at
+    if not made:
+        return f"nothing: all {counted(outcome.steps, 'step')} had been made before"
+    speed = f"{outcome.seconds / made:.2f} s a step"
+    words = f"{counted(made, 'step')} in {duration(outcome.seconds)}, {speed}"
+    if outcome.resumed_at:
+        words += f"; resumed at step {outcome.resumed_at:,}, now at {outcome.steps:,}"
+    return words
 
 
 def _compare(config: RunConfig) -> int:

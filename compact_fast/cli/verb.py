@@ -9,13 +9,14 @@ import shutil
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import yaml
 
 from compact_fast.cli.arguments import DEBUG, HELP, Arguments, Option, parse
 from compact_fast.flat_yaml import parse_text
-from compact_fast.run_config import Key, flag_name, schema
+from compact_fast.run_config import GROUPS, Key, flag_name, schema
 
 CONFIG = Option("config", "A YAML file of keys, such as a training run's.", "FILE")
 
@@ -31,7 +32,11 @@ class Verb:
     required: int = 0
     options: tuple[Option, ...] = ()
     groups: tuple[str, ...] = ()
-    """Groups of configuration keys shown in its help; none: it takes no configuration keys."""
+    """Groups of configuration keys that it reads whole. With all of them it also takes fields of
+    TrainingArguments; without these and `keys`, no configuration key."""
+
+    keys: tuple[str, ...] = ()
+    """Keys of other groups that it reads."""
 
     details: str = ""
 
@@ -41,14 +46,24 @@ class Verb:
             self.options,
             names=self.names,
             required=self.required,
-            config_keys=bool(self.groups),
+            keys=None if self._takes_all else [key.name for key in self._keys],
+            verb=self.name,
         )
+
+    @property
+    def _takes_all(self) -> bool:
+        return set(self.groups) == set(GROUPS)
+
+    @property
+    def _keys(self) -> list[Key]:
+        """The configuration keys that it reads, in the order of the schema."""
+        return [k for k in schema().values() if k.group in self.groups or k.name in self.keys]
 
     def help(self) -> str:
         """The text of `compact-fast VERB --help`."""
         width = min(shutil.get_terminal_size().columns, 100)
         shown = [n if i < self.required else f"[{n}]" for i, n in enumerate(self.names)]
-        keys = ["[--KEY VALUE ...]"] if self.groups else []
+        keys = ["[--KEY VALUE ...]"] if self._keys else []
         usage = " ".join(["usage: compact-fast", self.name, *shown, "[options]", *keys])
         out = [usage, "", *textwrap.wrap(self.summary, width)]
         if self.details:
@@ -58,20 +73,18 @@ class Verb:
             value = f" {option.metavar}" if option.metavar else ""
             dash = f"-{option.short}, " if option.short else ""
             out += _entry(f"{dash}--{option.name}{value}", option.doc, width)
-        for group in self.groups:
+        for group, found in groupby(self._keys, key=lambda key: key.group):
             out += ["", f"{group}:"]
-            for key in schema().values():
-                if key.group == group:
-                    out += _entry(flag_name(key.name), _key_help(key), width)
-        if self.groups:
-            out += [
-                "",
-                *textwrap.wrap(
-                    "A flag overrides the key of the same name in the configuration file. Any "
-                    "other field of transformers.TrainingArguments is accepted by its name.",
-                    width,
-                ),
-            ]
+            for key in found:
+                out += _entry(flag_name(key.name), _key_help(key), width)
+        if self._keys:
+            more = (
+                "Any other field of transformers.TrainingArguments is accepted by its name."
+                if self._takes_all
+                else "The file may hold other commands' keys as well."
+            )
+            flags = "A flag overrides the key of the same name in the configuration file."
+            out += ["", *textwrap.wrap(f"{flags} {more}", width)]
         return "\n".join(out)
 
 

@@ -32,6 +32,7 @@ def raw_rows(source: str | Path, split: str) -> Iterator[RawRow]:
 
     Raises ValueError naming what cannot be read at all; a single bad row is yielded as such.
     """
+    require_file(source)
     path = Path(source)
     if path.is_dir():
         return _dataset_rows(str(source), split, local=True)
@@ -52,10 +53,18 @@ def raw_rows(source: str | Path, split: str) -> Iterator[RawRow]:
         if suffix == ".json":
             return _json_rows(path, data)
         return _json_lines(path, data)
+    return _dataset_rows(str(source), split, local=False)
+
+
+def require_file(source: str | Path) -> None:
+    """Raise ValueError where `source` is named like a file, rather than a dataset on the hub, and
+    there is none."""
+    path = Path(source)
+    if path.exists():
+        return
     named_as_file = path.suffix.lower() in SUFFIXES or str(source).startswith((".", "/", "~"))
     if named_as_file or (path.parent != Path(".") and path.parent.is_dir()):
         raise ValueError(f"{source}: no such file{_near_files(path)}")
-    return _dataset_rows(str(source), split, local=False)
 
 
 def _near_files(path: Path) -> str:

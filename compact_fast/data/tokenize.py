@@ -16,6 +16,7 @@ from compact_fast.data import cache
 from compact_fast.data.encode import Completion, Encoder, thinking_token_ids
 from compact_fast.data.records import Question, nearest
 from compact_fast.data.template import ChatFormat
+from compact_fast.tables import counted
 
 THINKING_WORDS = (
     "Therefore", "Thus", "Hence", "So", "Consequently", "Wait", "But", "However", "Although",
@@ -143,13 +144,25 @@ def tokenize_questions(
     key = cache.key(questions, tokenizer, teachers, options) if cache_dir else ""
     rows, report = cache.kept(build, cache_dir, key, say)
     if not len(rows):
-        raise ValueError(
-            f"no rationale of {len(questions)} questions is left: {report['dropped_rationales']}, "
-            f"{report['dropped_questions']}; raise max_length ({options.max_length})"
-        )
+        raise ValueError(_nothing_left(report, options))
     return TokenizedData(
         rows, teachers, thinking_token_ids(tokenizer, options.thinking_words), report
     )
+
+
+def _nothing_left(report: Mapping[str, Any], options: TokenizeOptions) -> str:
+    """Why no rationale is left, and what helps."""
+    dropped = [
+        f"{counted(n, 'rationale')} left out ({why})"
+        for why, n in report["dropped_rationales"].items()
+    ]
+    if bare := report["dropped_questions"].get("no rationales", 0):
+        dropped.append(f"{counted(bare, 'question')} without any")
+    remedy = "give rationales"
+    if report["dropped_rationales"]:
+        remedy = f"raise max_length ({options.max_length})"
+    questions = counted(report["questions_read"], "question")
+    return f"no rationale of {questions} is left: {', '.join(dropped)}; {remedy}"
 
 
 def prompts(

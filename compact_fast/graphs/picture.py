@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from compact_fast.atomic import atomic_file
+from compact_fast.glyphs import drawable
 from compact_fast.graphs.explain import Explanation
 
 INK, FAINT, RULE, PAPER = "#1c2733", "#5d6b78", "#d4dbe1", "#ffffff"
@@ -33,6 +35,7 @@ def draw(found: Explanation) -> Figure:
     one of the best teacher's that has the same result. Raises ValueError where the steps are too
     many for one picture.
     """
+    found = _drawable(found)
     teachers, rows = found.teachers, found.rows()
     k = len(teachers)
     cells = [[_lines(found, t, i) for t, i in enumerate(row)] for row in rows]
@@ -83,6 +86,16 @@ def _agreed(found: Explanation, row: Sequence[int | None]) -> set[int]:
         if t != best and i is not None and found.mark(t, i, best, step) == "="
     }
     return others | {best} if others else set()
+
+
+def _drawable(found: Explanation) -> Explanation:
+    """The same with names that the font can draw."""
+    names = {t.name: drawable(t.name, i) for i, t in enumerate(found.teachers)}
+    teachers = [
+        replace(t, name=names[t.name], copy_of=names[t.copy_of] if t.copy_of else None)
+        for t in found.teachers
+    ]
+    return replace(found, teachers=teachers)
 
 
 def _lines(found: Explanation, teacher: int, step: int | None) -> list[str]:

@@ -138,6 +138,24 @@ def evaluation_questions(config: RunConfig) -> tuple[list[Question], str] | None
     return problems, "the built-in world"
 
 
+def refuse_absent(config: RunConfig) -> None:
+    """Raise now what else would be raised only behind the student: evaluation files that are not
+    there, and a backend of an unknown name."""
+    e = config.evaluation
+    if e.eval_data not in (None, ARITHMETIC) and e.eval_questions != 0:
+        from compact_fast.data.files import require_file
+
+        require_file(str(e.eval_data))
+    if e.forget_text is not None:
+        from compact_fast.evaluate import read_text
+
+        read_text(e.forget_text)
+    if config.training.backend != "auto":
+        from compact_fast.backends import choose
+
+        choose(config.training.backend)
+
+
 def split(
     questions: Sequence[Question], share: float, seed: int
 ) -> tuple[list[Question], list[Question]]:

@@ -23,7 +23,7 @@ from compact_fast.pipeline.agreement import (
 from compact_fast.pipeline.corpus import Corpus, cache_folder, share_right
 from compact_fast.run_config import RunConfig
 from compact_fast.students import LoraSettings, Student, load_student
-from compact_fast.tables import percent, table
+from compact_fast.tables import counted, percent, table
 
 Say = Callable[[str], None]
 
@@ -137,6 +137,7 @@ def student_of(config: RunConfig, *, training: bool = True) -> Student:
         lora=lora,
         gradient_checkpointing=training and config.training.gradient_checkpointing,
         seed=config.method.seed,
+        training=training,
     )
 
 
@@ -167,16 +168,16 @@ def _tokens_line(report: dict[str, Any]) -> str:
     total = report["tokens"]
     share = report["prompt_tokens"] / total if total else 0.0
     parts = [
-        f"{total:,} in {report['rationales']:,} rationales ({percent(share)} prompt), "
+        f"{total:,} in {counted(report['rationales'], 'rationale')} ({percent(share)} prompt), "
         f"longest {report['longest']:,}"
     ]
     if report["truncated"]:
         parts.append(f"{report['truncated']:,} truncated")
     for what, reasons in (
-        ("rationales", report["dropped_rationales"]),
-        ("questions", report["dropped_questions"]),
+        ("rationale", report["dropped_rationales"]),
+        ("question", report["dropped_questions"]),
     ):
-        parts += [f"{n:,} {what} dropped ({why})" for why, n in reasons.items() if n]
+        parts += [f"{counted(n, what)} dropped ({why})" for why, n in reasons.items() if n]
     if report.get("from_cache"):
         parts.append("from the cache")
     return ", ".join(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,14 @@ MAY_DIFFER = frozenset(
         *("progress", "sharding"),
         *("eval_questions", "run_name", "disable_tqdm", "dataloader_num_workers"),
         *(f.name for f in fields(EvaluationSettings)),
+    ]
+)
+
+# Of these, the keys that ask a finished run for more: further steps, or another measurement.
+ASK_FOR_MORE = frozenset(
+    [
+        *("max_steps", "num_train_epochs", "eval_questions"),
+        *(f.name for f in fields(EvaluationSettings) if f.name != "eval_batch_size"),
     ]
 )
 
@@ -65,31 +73,34 @@ def begin(config: RunConfig) -> None:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether the folder holds this very run, trained to its end."""
+    """Whether the folder holds this run, trained to its end, and nothing more is asked of it."""
     folder = Path(config.run.output_dir)
     earlier = read_json(folder / "run.json")
     if earlier is None or earlier.get("status") != "finished" or config.run.overwrite:
         return False
-    ours = json.loads(json.dumps(config.flat()))
-    theirs = earlier.get("config", {})
-    whole = (folder / "model").is_dir()
-    ignored = ("resume", "overwrite", "report_to", "cache_dir")
-    same = all(theirs.get(k) == v for k, v in ours.items() if k not in ignored)
-    return whole and same and config.run.resume == "auto"
+    if config.run.resume != "auto" or not (folder / "model").is_dir():
+        return False
+    return not _different(earlier, config, MAY_DIFFER - ASK_FOR_MORE)
 
 
 def changes(earlier: Mapping[str, Any] | None, config: RunConfig) -> list[str]:
     """The first settings that differ from an earlier run's and change what a step computes."""
     if earlier is None or not isinstance(earlier.get("config"), dict):
         return []
-    theirs = earlier["config"]
+    return _different(earlier, config, MAY_DIFFER)[:3]
+
+
+def _different(
+    earlier: Mapping[str, Any], config: RunConfig, may_differ: Collection[str]
+) -> list[str]:
+    """The settings that differ from an earlier run's, but for those that may."""
+    theirs = earlier["config"] if isinstance(earlier.get("config"), dict) else {}
     ours = json.loads(json.dumps(config.flat()))
-    different = [
+    return [
         f"{key}: {theirs.get(key)} there, {ours.get(key)} now"
         for key in {**theirs, **ours}
-        if key not in MAY_DIFFER and theirs.get(key) != ours.get(key)
+        if key not in may_differ and theirs.get(key) != ours.get(key)
     ]
-    return different[:3]
 
 
 def clear(folder: Path) -> None:

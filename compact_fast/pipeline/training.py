@@ -31,7 +31,7 @@ from compact_fast.pipeline.run_folder import begin, read_json
 from compact_fast.report.read import read_run
 from compact_fast.run_config import RunConfig
 from compact_fast.students import causal_model
-from compact_fast.tables import number, percent, table
+from compact_fast.tables import counted, number, percent, table
 from compact_fast.trainer import CompactTrainer, CompactTrainingArguments
 from compact_fast.trainer.sharding import gather, in_step
 
@@ -44,7 +44,14 @@ class Outcome:
 
     folder: Path
     steps: int
+    """Optimizer steps in all."""
+
+    resumed_at: int
+    """How many of them an earlier session had made."""
+
     seconds: float
+    """Spent on the others."""
+
     before: dict[str, Any] | None
     after: dict[str, Any] | None
 
@@ -176,7 +183,9 @@ def train(inputs: Inputs, say: Say, hear: Hear, *, resume: str | None) -> Outcom
         save_model(folder / "model", inputs, whole.weights if whole else None)
     with in_step(trainer.model):
         after = measure.after(folder) if measure else None
-    return Outcome(folder, trainer.state.global_step, seconds, before, after)
+    return Outcome(
+        folder, trainer.state.global_step, trainer.files.first_step, seconds, before, after
+    )
 
 
 def save_model(path: Path, inputs: Inputs, weights: Mapping[str, Any] | None) -> None:
@@ -205,9 +214,9 @@ class Measurement:
         self.questions = found[0] if found else None
         text = inputs.config.evaluation.forget_text
         self.text = read_text(text) if text else None
-        parts = [f"{len(found[0]):,} questions of {found[1]}"] if found else []
+        parts = [f"{counted(len(found[0]), 'question')} of {found[1]}"] if found else []
         if inputs.held_out:
-            parts.append(f"rationales of {len(inputs.held_out):,} held-out questions")
+            parts.append(f"rationales of {counted(len(inputs.held_out), 'held-out question')}")
         if text:
             parts.append(f"perplexity of {text}")
         self.description = ", ".join(parts) or "nothing"

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from compact_fast.evaluate.results import Measure, measures
+from compact_fast.glyphs import drawable
 from compact_fast.report import style
 from compact_fast.report.read import Run
 from compact_fast.report.style import HEAD, WIDTH, Theme
@@ -70,7 +71,7 @@ def _label(run: Run, m: Measure) -> str:
     prefix, _, teacher = m.key.partition("/")
     if prefix != "rationale_nll" or teacher not in run.teachers:
         return m.label
-    return f"rationale NLL, {style.drawable(teacher, run.teachers.index(teacher))}"
+    return f"rationale NLL, {drawable(teacher, run.teachers.index(teacher))}"
 
 
 def compare_runs(stages: Sequence[tuple[str, Sequence[Measure]]], theme: Theme) -> Figure | str:
@@ -86,9 +87,7 @@ def compare_runs(stages: Sequence[tuple[str, Sequence[Measure]]], theme: Theme) 
             mark = next((m for m in found if m.key == key and m.value is not None), None)
             if mark is not None:
                 rows.append(
-                    _Row(
-                        style.drawable(name, i, "run"), [mark], style.line_style(theme, i)["color"]
-                    )
+                    _Row(drawable(name, i, "run"), [mark], style.line_style(theme, i)["color"])
                 )
         if rows:
             groups.append(_Group(f"{title.label} ({units[title.kind]})", title.kind, rows))

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compact_fast.tables import counted
+
 TEACHER_MEASURES = ("weight", "nll", "mi", "consensus", "filtered", "nonfinite")
 
 Row = dict[str, Any]
@@ -159,7 +161,8 @@ def _without_overwritten(rows: list[Row], notes: list[str]) -> list[Row]:
         kept.append(row)
     if dropped:
         notes.append(
-            f"The run was resumed: {dropped} rows were logged again later and the later ones count."
+            f"The run was resumed: {counted(dropped, 'row')} {'was' if dropped == 1 else 'were'} "
+            "logged again later, and what is later counts."
         )
     return kept
 

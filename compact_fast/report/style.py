@@ -13,9 +13,11 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
+from matplotlib.font_manager import findfont
 from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from compact_fast.glyphs import drawable
 
 WIDTH = 5.4  # inches; on a telephone the type stays legible
 DPI = 170
@@ -189,20 +191,6 @@ def short_names(names: Sequence[str], limit: int = MAX_NAME, noun: str = "teache
         f"{i + 1}. {_cut(flat[i], limit - 3)}" if cut.count(name) > 1 else name
         for i, name in enumerate(cut)
     ]
-
-
-def drawable(name: str, index: int, noun: str = "teacher") -> str:
-    """The name on one line, or "teacher 3" where the font lacks a character of it.
-
-    Matplotlib's own font has no Chinese, Japanese or Korean; empty boxes would name nobody.
-    """
-    name, known = " ".join(name.split()), _characters()
-    return name if name and all(ord(c) in known for c in name) else f"{noun} {index + 1}"
-
-
-@cache
-def _characters() -> frozenset[int]:
-    return frozenset(get_font(findfont("DejaVu Sans")).get_charmap())
 
 
 def _cut(name: str, limit: int) -> str:

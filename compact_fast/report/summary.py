@@ -8,6 +8,7 @@ from datetime import datetime
 
 from compact_fast.evaluate.results import Measure, format_value, measures
 from compact_fast.report.read import Run, number
+from compact_fast.tables import counted
 
 STRETCHES = 10  # pieces of a run in which the leading teacher is looked up
 LEAST_ROWS = 3  # log rows a piece, so that one noisy row makes no leader
@@ -59,21 +60,21 @@ def leaders(run: Run) -> list[tuple[str, float, float]]:
 
 def _state(run: Run) -> str:
     status = str(run.info.get("status", "unknown"))
-    steps = max((row["step"] for row in run.train), default=0)
+    logged = max((row["step"] for row in run.train), default=0)
+    last = number(run.info.get("last_step"))  # absent while a run is on, or of an older version
+    steps = logged if last is None else int(last)
     planned = number(run.info.get("steps")) or number(run.config.get("max_steps"))
-    of = f" of {planned:,.0f}" if planned and planned > 0 else ""
+    of = f" of {planned:,.0f}" if planned and planned >= max(steps, 1) else ""
     seconds = run.series("time")[1]
     took = f", {_duration(seconds[-1])} after its start" if seconds else ""
     if status == "finished":
         words = f"The run finished: {steps:,}{of} optimizer steps{took}."
     elif status == "running":
         words = "The run has not ended, or died without a word: run.json still says “running”. " + (
-            f"Its last logged step is {steps:,}{of}{took}." if steps else "It logged no step."
+            f"Its last logged step is {logged:,}{of}{took}." if logged else "It logged no step."
         )
     else:
-        words = (
-            f"The run did not finish (“{status}”): {steps:,}{of} optimizer steps were logged{took}."
-        )
+        words = f"The run did not finish (“{status}”): {steps:,}{of} optimizer steps{took}."
     resumed = run.info.get("resumed")
     if isinstance(resumed, list) and resumed:
         at = ", ".join(f"{r.get('step', 0):,}" for r in resumed[:5] if isinstance(r, dict))
@@ -164,7 +165,8 @@ def _left_out(run: Run) -> str:
         words.append(
             "No question was skipped."
             if not skipped
-            else f"{skipped:,.0f} questions were skipped: no teacher's scores were finite."
+            else f"{counted(round(skipped), 'question')} "
+            f"{'was' if skipped == 1 else 'were'} skipped: no teacher's scores were finite."
         )
     if counts:
         parts = ", ".join(f"{t} {n:,.0f}" for t, n in counts)

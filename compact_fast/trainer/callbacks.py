@@ -30,8 +30,12 @@ class RunFiles(TrainerCallback):
     """Writes run.json (what ran and how it ended) and metrics.jsonl (one row a log event).
 
     A resumed run keeps the rows up to the step it resumes from and appends; a fresh one starts
-    both files anew. `info` goes into run.json as it is. Only the main process writes.
+    both files anew. The last step always ends in a row, whatever logging_steps is. `info` goes
+    into run.json as it is. Only the main process writes.
     """
+
+    first_step = 0
+    """Steps that were done when this session began to train."""
 
     def __init__(self, info: Mapping[str, Any]) -> None:
         self._info = dict(info)
@@ -41,6 +45,7 @@ class RunFiles(TrainerCallback):
         self._evaluated = -1  # last step with an evaluation row
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.first_step = state.global_step
         if not state.is_world_process_zero:
             return
         self._folder = Path(args.output_dir)
@@ -64,6 +69,11 @@ class RunFiles(TrainerCallback):
             resumed = {"step": state.global_step, "at": now}
             self._run["resumed"] = [*before.get("resumed", []), resumed]
         self._write()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # on every process, as all of them add up the row
+        if control.should_training_stop and args.logging_strategy != "no":
+            control.should_log = True
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from compact_fast.students import body_and_head, causal_model, inference
+from compact_fast.tables import counted
 from compact_fast.trainer.batching import Ints
 from compact_fast.trainer.segments import (
     NO_MASK,
@@ -80,7 +81,7 @@ class Packing:
             how = "" if self.kind == "segments" else f", through a mask ({self.reason})"
             return (
                 f"prompts read once for all rationales of a question{how}: {saved:,} of {tokens:,} "
-                f"tokens of {rows:,} questions saved ({share:.1%})"
+                f"tokens of {counted(rows, 'question')} saved ({share:.1%})"
             )
         form = "packed without padding" if self.kind == "segments" else "padded"
         return f"every rationale read behind its own prompt, {form} ({self.reason})"

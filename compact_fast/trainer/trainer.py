@@ -198,6 +198,15 @@ class CompactTrainer(CheckpointedTrainer):
         prompt, _, _, count = self._lengths
         packing = self._packing
         tokens = int(sequence_tokens(*self._lengths).sum())
+        if self.args.fusion == "per_teacher":  # whatever the student could share
+            return {
+                "packing": "alone",
+                "shared_prompts": False,
+                "reason": "fusion='per_teacher' reads one rationale at a time",
+                "tokens": tokens,
+                "tokens_saved": 0,
+                "text": "one rationale at a time, behind its own prompt (fusion: per_teacher)",
+            }
         saved = int((prompt * (count - 1)).sum()) if packing.shared else 0
         return {
             "packing": packing.kind,

@@ -72,4 +72,21 @@ def test_mistakes_are_named(words, message):
 
 def test_without_configuration_keys_unknown_options_are_errors():
     with pytest.raises(ValueError, match="--outputt: unknown option; did you mean output"):
-        parse(["--outputt", "x"], OWN, config_keys=False)
+        parse(["--outputt", "x"], OWN, keys=())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lora-r", "3"], "--lora-r: eval does not use this key"),
+        (["--no-lora"], "--no-lora: eval does not use this key"),
+        (["--sample", "3"], "--sample: unknown option; did you mean samples?"),
+        (["--warmup-steps", "3"], "--warmup-steps: unknown option"),
+    ],
+)
+def test_a_verb_refuses_keys_that_it_does_not_use(words, message):
+    with pytest.raises(ValueError) as caught:
+        parse(words, OWN, keys=("samples", "generate"), verb="eval")
+    assert str(caught.value).startswith(message)
+    out = parse(["--samples", "2", "--no-generate"], OWN, keys=("samples", "generate"))
+    assert [(k, s.value) for k, s in out.overrides] == [("samples", 2), ("generate", False)]

@@ -59,6 +59,24 @@ def test_help_of_train_names_every_key(capsys):
     assert all(f"\n  --{key.replace('_', '-')}\n" in out for key in schema())
 
 
+@pytest.mark.parametrize(
+    ("verb", "used", "unused"),
+    [
+        ("eval", ("limit", "samples", "world-seed"), ("output-dir", "save-steps", "lora-r", "tau")),
+        ("score", ("teachers", "tau", "share-prompts"), ("resume", "holdout", "samples", "bf16")),
+    ],
+)
+def test_help_names_the_keys_that_are_used_and_the_others_are_refused(verb, used, unused, capsys):
+    assert set(cli.load_verb(verb).keys) <= set(schema())
+    cli.main([verb, "--help"])
+    out = capsys.readouterr().out
+    assert all(f"\n  --{key}\n" in out for key in used)
+    for key in unused:
+        assert f"\n  --{key}\n" not in out
+        assert cli.main([verb, "data.jsonl", f"--{key}", "1"]) == 2
+        assert f"--{key}: {verb} does not use this key" in capsys.readouterr().err
+
+
 def test_unknown_command_names_the_nearest(capsys):
     assert cli.main(["trian"]) == 2
     assert "trian: unknown command; did you mean train?" in capsys.readouterr().err

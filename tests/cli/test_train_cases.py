@@ -78,7 +78,7 @@ def test_broken_record_names_file_line_and_field(train, tmp_path, rationales):
     refused(train(), "rationales.jsonl:3", "answer", "on_error=skip")
     code, out, _ = train("--on-error", "skip")
     assert code == 0
-    assert "1 broken records left out" in out
+    assert "1 broken record left out" in out
     (left_out,) = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
     assert json.loads(left_out)["row"]["id"] == "q2"
 
@@ -108,6 +108,29 @@ def test_fixed_weights_of_another_number(train):
 
 def test_unknown_backend(train):
     refused(train("--backend", "cuda"), "backend='cuda'", "torch")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("--backend", "foo"), ("backend='foo'", "torch")),
+        (("--eval-data", "./none.jsonl"), ("none.jsonl", "no such file")),
+        (("--forget-text", "none.txt"), ("none.txt",)),
+    ],
+)
+def test_what_is_absent_is_refused_before_anything_is_read(go, train, monkeypatch, words, parts):
+    def read(*args, **kwargs):
+        raise AssertionError("the data was read")
+
+    monkeypatch.setattr("compact_fast.pipeline.corpus.read_corpus", read)
+    refused(train(*words), *parts)
+
+
+def test_eval_refuses_an_unknown_backend_before_the_student(go, rationales):
+    refused(
+        go("eval", "--student", "no/such", "--data", rationales, "--backend", "foo"),
+        "backend='foo'",
+    )
 
 
 def test_what_transformers_refuses_gains_the_key(train):
@@ -177,6 +200,23 @@ def test_score_and_eval_refuse(go, tiny_student, rationales, tmp_path):
     refused(go("report", tmp_path / "norun"), "norun: no such folder")
 
 
+def test_eval_counts_questions_by_limit(go, tiny_student, rationales, tmp_path):
+    few = ("--student", tiny_student, "--max-new-tokens", "2")
+    code, out, err = go("eval", "--data", rationales, "--limit", "2", *few)
+    assert code == 0, err
+    assert "Questions  2 of " in out
+    assert "trained" not in out
+    file = tmp_path / "run.yaml"
+    file.write_text(f"data: {rationales}\nlimit: 1\n")
+    assert "Questions  1 of " in go("eval", "--config", file, *few)[1]
+    assert "Questions  3 of " in go("eval", "--config", file, "--limit", "3", *few)[1]
+    assert "Questions  3 of " in go("eval", "--config", file, "--eval-questions", "3", *few)[1]
+    # the file's limit is that of its training data
+    assert "Questions  6 of " in go("eval", "--config", file, "--eval-data", rationales, *few)[1]
+    both = ("--limit", "2", "--eval-questions", "3")
+    refused(go("eval", "--data", rationales, *both, *few), "--limit=2 and --eval-questions=3")
+
+
 # ---- a run's folder --------------------------------------------------------------------------
 
 
@@ -192,6 +232,30 @@ def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(train, tmp_path):
     rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
     assert model.read_bytes() != first
+
+
+def test_what_was_trained_is_of_this_session(train):
+    code, out, _ = train()
+    assert code == 0
+    assert "Trained    2 steps in " in out
+    assert "resumed" not in out
+    code, out, err = train("--max-steps", "3")
+    assert code == 0, err
+    assert "Trained    1 step in " in out
+    assert " s a step; resumed at step 2, now at 3\n" in out
+    code, out, err = train("--max-steps", "3", "--max-new-tokens", "4")
+    assert code == 0, err
+    assert "Trained    nothing: all 3 steps had been made before\n" in out
+
+
+def test_a_finished_run_is_not_redone_for_another_way_to_watch_it(train, tmp_path):
+    assert train()[0] == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    code, out, _ = train("--progress", "none", "--logging-steps", "2")
+    assert code == 0
+    assert "holds this very run, finished" in out
+    assert "Student" not in out
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
 
 
 def test_another_run_in_the_same_folder_is_refused(train, tmp_path):

@@ -179,8 +179,18 @@ def test_error_truncation_names_the_place(tokenizer_of: Any) -> None:
 
 
 def test_nothing_left_is_an_error(tokenizer_of: Any) -> None:
-    with pytest.raises(ValueError, match=r"no rationale of 1 questions is left.*raise max_length"):
-        run(tokenizer_of(), question("The answer is 72"), options=TokenizeOptions(max_length=5))
+    two = question("The answer is 72", "It is 71")
+    with pytest.raises(ValueError) as error:
+        run(tokenizer_of(), two, options=TokenizeOptions(max_length=5))
+    assert str(error.value) == (
+        "no rationale of 1 question is left: 2 rationales left out (longer than max_length); "
+        "raise max_length (5)"
+    )
+    with pytest.raises(ValueError) as error:
+        run(tokenizer_of(), question())
+    assert str(error.value) == (
+        "no rationale of 1 question is left: 1 question without any; give rationales"
+    )
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,18 @@ def test_picture(teachers: int, tmp_path: Path) -> None:
         assert box.y0 >= 0, text.get_text()
 
 
+@pytest.mark.filterwarnings("error:Glyph")
+def test_names_that_the_font_lacks_are_numbered_as_in_the_report(tmp_path: Path) -> None:
+    found = examine(TEXTS, ["教師", "bob", "先生"])
+    save(found, tmp_path / "p.png")
+    shown = "\n".join(text.get_text() for text in draw(found).axes[0].texts)
+    assert "teacher 1" in shown
+    assert "teacher 3" in shown
+    assert "bob" in shown
+    assert "教" not in shown
+    assert "教師" in found.text(100)  # a terminal may well have the letters
+
+
 def test_too_many_steps_for_a_picture() -> None:
     found = examine(["b 1\n" * 1500], options=GraphOptions(max_steps=2048))
     with pytest.raises(ValueError, match="1500 rows of steps do not fit one picture"):

@@ -100,6 +100,35 @@ def test_finished_means_the_same_run_to_its_end(tmp_path):
     assert not is_finished(config(tmp_path, max_steps=5))
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"progress": "none"},
+        {"logging_steps": 1, "save_steps": 7, "run_name": "mine"},
+        {"backend": "torch", "eval_batch_size": 8, "cache_dir": "c", "report_to": "none"},
+    ],
+)
+def test_finished_stays_finished_where_nothing_more_is_asked(keys, tmp_path):
+    leave(tmp_path, status="finished")
+    (tmp_path / "model").mkdir()
+    assert is_finished(config(tmp_path, **keys))
+
+
+@pytest.mark.parametrize(
+    "keys", [{"num_train_epochs": 9}, {"samples": 2}, {"eval_questions": 3}, {"tau": 2}]
+)
+def test_a_finished_run_is_not_where_more_is_asked(keys, tmp_path):
+    leave(tmp_path, status="finished")
+    (tmp_path / "model").mkdir()
+    assert not is_finished(config(tmp_path, **keys))
+
+
+def test_a_setting_that_only_the_earlier_run_had_makes_it_another(tmp_path):
+    leave(tmp_path, status="finished", warmup_steps=3)
+    (tmp_path / "model").mkdir()
+    assert not is_finished(config(tmp_path))
+
+
 def test_changes_of_a_damaged_record_are_none(tmp_path):
     assert changes(None, config(tmp_path)) == []
     assert changes({"config": 3}, config(tmp_path)) == []

@@ -172,6 +172,17 @@ def test_a_stopped_run_gives_its_reason(tmp_path, quick):
     assert "did not finish (“stopped: step 5: NaN in teacher b”)" in Page(write_report(path)).text
 
 
+def test_steps_are_those_made_not_those_logged(tmp_path, quick):
+    folder = make_run(tmp_path / "run", FOUR, 4)
+    (folder / "metrics.jsonl").write_text("")
+    info = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**info, "last_step": 4}))
+    assert summary(read_run(folder))[0] == "The run finished: 4 of 4 optimizer steps."
+    info["status"] = "stopped: a full disk"
+    (folder / "run.json").write_text(json.dumps({**info, "last_step": 3}))
+    assert "(“stopped: a full disk”): 3 of 4 optimizer steps." in summary(read_run(folder))[0]
+
+
 def test_missing_parts_are_said_in_words(tmp_path, quick):
     path = make_run(tmp_path / "r", SHORT, 4, known=False)
     write_report(path)

@@ -223,6 +223,18 @@ def test_what_sharing_saves_is_reported(tmp_path: Path) -> None:
     assert "behind its own prompt, packed without padding" in apart["text"]
 
 
+def test_one_rationale_at_a_time_claims_no_shared_prompts(tmp_path: Path) -> None:
+    rows = make_rows()
+    make_trainer(tmp_path, rows=rows, max_steps=1, fusion="per_teacher").train()
+    found = json.loads((tmp_path / "run.json").read_text())["reading"]
+    assert (found["packing"], found["shared_prompts"], found["tokens_saved"]) == ("alone", False, 0)
+    assert found["tokens"] == sum(
+        len(r["prompt_ids"]) + len(c) for r in rows for c in r["completion_ids"]
+    )
+    assert "one rationale at a time" in found["text"]
+    assert "per_teacher" in found["reason"]
+
+
 def test_a_single_teacher_trains_like_plain_fine_tuning(tmp_path: Path) -> None:
     rows = [r for r in make_rows(24) if len(r["teacher_ids"]) == 1][:4]
     model, plain = make_student(), make_student()

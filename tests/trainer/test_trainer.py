@@ -77,6 +77,20 @@ def test_a_log_row_is_the_mean_over_all_its_micro_batches(tmp_path: Path) -> Non
     assert {k: v for k, v in row.items() if k not in ("step", "time")} == seen.rows[0]
 
 
+@pytest.mark.parametrize(("steps", "rows"), [(2, [2]), (5, [3, 5]), (6, [3, 6])])
+def test_the_last_step_is_logged_whatever_the_window(
+    tmp_path: Path, steps: int, rows: list[int]
+) -> None:
+    trainer = make_trainer(tmp_path, logging_steps=3, max_steps=steps)
+    outputs = recorded(trainer)
+    trainer.train()
+    found = metrics(tmp_path)
+    assert [row["step"] for row in found] == rows
+    last = outputs[-2 * (rows[-1] - (rows[-2] if len(rows) > 1 else 0)) :]
+    mean = sum(float(out.loss.detach()) for out, _ in last) / (len(last) / 2)
+    assert found[-1]["loss"] == pytest.approx(mean, rel=1e-6)
+
+
 def test_fixed_names_of_a_row(tmp_path: Path) -> None:
     make_trainer(tmp_path, max_steps=2).train()
     row = metrics(tmp_path)[0]
