@@ -69,6 +69,7 @@ def main(words: list[str] | None = None) -> int:
         say("no CUDA or ROCm device: torch.cuda.is_available() is False", options)
         return 2
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:

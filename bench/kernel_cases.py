@@ -9,6 +9,7 @@ import torch
 from compact_fast.triton_kernels import consistency as consistency_kernels
 from compact_fast.triton_kernels import (
     gradient_rows,
+    gradient_scale,
     kept_columns,
     launch,
     logits_gemm,
@@ -234,6 +235,28 @@ def row_cases(arch: str) -> Iterator[Case]:
         )
 
 
+def scale_cases(arch: str) -> Iterator[Case]:
+    """The head's gradient at the end of a step; a token's share of it."""
+    size = VOCAB * WIDTH / ROWS
+    for dtype in (BF16, F16, F32):
+        name, width = str(dtype).removeprefix("torch."), dtype.itemsize
+        grad = meta(VOCAB, WIDTH, dtype=dtype)
+        yield Case(
+            name,
+            lambda grad=grad: gradient_scale.divide_into(meta(VOCAB, WIDTH), meta(1), grad),
+            size,
+            (4 + width) * size,
+            quick=dtype == BF16,
+        )
+        yield Case(
+            f"{name}, by 1",
+            lambda grad=grad: gradient_scale.multiply_unless_one(grad, meta(1)),
+            0,
+            0,
+            quick=dtype == BF16,
+        )
+
+
 def score_cases(arch: str) -> Iterator[Case]:
     """Segment sums and weights."""
     T, S = TEACHERS * LENGTH * QUESTIONS, TEACHERS * QUESTIONS
@@ -342,7 +365,8 @@ def kept_cases(arch: str) -> Iterator[Case]:
 def cases(arch: str) -> Iterator[Case]:
     """Every kernel and launch configuration of an architecture."""
     families = (
-        gemm_cases, candidate_cases, row_cases, score_cases, consistency_cases, kept_cases,
+        gemm_cases, candidate_cases, row_cases, scale_cases, score_cases, consistency_cases,
+        kept_cases,
     )  # fmt: skip
     for family in families:
         yield from family(arch)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from compact_fast.backends import RunSpec, choose, resolve
 from compact_fast.backends.protocol import CompactBackend, Gradients, Needs
+from compact_fast.backends.triton_backend import can_launch
 from compact_fast.config import CompactConfig
 from compact_fast.inputs import check_head, check_ids, check_loss_inputs
 from compact_fast.layout import TokenLayout
@@ -143,8 +144,13 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     """In place, except while torch traces with tensor subclasses and has to see no mutation."""
     if type(gradient) is not Tensor:
         return gradient * upstream
+    # mostly 1, and a pass over the head's gradient for nothing; a device is not asked for its value
     if upstream.device.type == "cpu" and upstream.item() == 1:
-        return gradient  # the usual case; a pass over the head's gradient for nothing
+        return gradient
+    if gradient.is_contiguous() and can_launch(gradient.device):
+        from compact_fast.triton_kernels.gradient_scale import multiply_unless_one
+
+        return multiply_unless_one(gradient, upstream)  # type: ignore[no-any-return]
     return gradient.mul_(upstream)
 
 

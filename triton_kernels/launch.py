@@ -1,9 +1,11 @@
 """Launch configurations by architecture, each with the reason for it.
 
-Every number was checked by ahead-of-time compilation (registers, spills, shared memory); none was
-timed on a device yet.
+Every number was checked by ahead-of-time compilation (registers, spills, shared memory). Those of
+sm_90 were chosen by timing on an H200 (docs/kernels.md); the others were never timed.
 
-GEMM tiles: M are rows (tokens), N the vocabulary, K the hidden width.
+GEMM tiles: M are rows (tokens), N the vocabulary, K the hidden width. The tiles that run at one
+time read the fewest bytes where they cover a square of rows and words: `group_m` row tiles and as
+many vocabulary tiles as make up the device's multiprocessors.
 """
 
 from __future__ import annotations
@@ -38,58 +40,60 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     tma: bool  # tensor descriptors and a persistent grid; else pointers, one program a tile
+    group_m: int  # row tiles, at most, that share each vocabulary tile before the next one
     why: str
 
 
 LOGITS_GEMM = {
     "sm_80": GemmConfig(
-        128, 128, 64, 8, 3, False,
+        128, 128, 64, 8, 3, False, 10,
         "two of three stages live in shared memory, 64 KB: fits the 99 KB of sm_86, sm_89 and "
         "sm_120 too; a vocabulary tile of 256 spills once entropy is asked for",
     ),
     "sm_90": GemmConfig(
-        128, 256, 64, 8, 3, True,
+        128, 256, 64, 8, 3, True, 16,
         "two warp groups of 64 x 256; a fourth stage does not fit beside the 64 KB from which E "
         "is copied out, and with pointers in place of descriptors this tile spills",
     ),
     "sm_100": GemmConfig(
-        128, 128, 64, 8, 4, True,
+        128, 128, 64, 8, 4, True, 12,
         "a 128 x 128 accumulator in tensor memory; 128 x 256 spills while it is read back",
     ),
     "gfx942": GemmConfig(
-        128, 128, 64, 4, 2, False,
+        128, 128, 64, 4, 2, False, 16,
         "one stage of 32 KB out of 64 KB local memory, so that two groups share a compute unit",
     ),
     "interpreter": GemmConfig(
-        32, 64, 32, 1, 1, False, "small, so that ragged test sizes still make several tiles"
+        32, 64, 32, 1, 1, False, 2, "small, so that ragged test sizes still make several tiles"
     ),
 }  # fmt: skip
 
 # With entropy or a bias the epilogue needs more registers: where the tile above would spill.
 LOGITS_GEMM_WIDE_EPILOGUE = {
     "sm_90": GemmConfig(
-        128, 128, 64, 8, 4, True, "half the accumulators, and room for the second sum beside them"
+        128, 128, 64, 8, 4, True, 12,
+        "half the accumulators, and room for the second sum beside them",
     ),
 }  # fmt: skip
 
 # What autotuning tries beside the table's own choice; all of them compile without spills.
 LOGITS_GEMM_CANDIDATES = {
     "sm_80": (
-        GemmConfig(128, 128, 32, 8, 4, False, "shorter steps, more of them under way"),
-        GemmConfig(64, 128, 64, 4, 3, False, "more programs for a chunk of few rows"),
+        GemmConfig(128, 128, 32, 8, 4, False, 10, "shorter steps, more of them under way"),
+        GemmConfig(64, 128, 64, 4, 3, False, 14, "more programs for a chunk of few rows"),
     ),
     "sm_90": (
-        GemmConfig(128, 128, 64, 8, 4, True, "smaller tiles, a deeper pipeline"),
-        GemmConfig(64, 256, 64, 8, 3, True, "more programs for a chunk of few rows"),
+        GemmConfig(128, 128, 64, 8, 4, True, 12, "smaller tiles, a deeper pipeline"),
+        GemmConfig(64, 256, 64, 8, 3, True, 23, "more programs for a chunk of few rows"),
     ),
     "sm_100": (
-        GemmConfig(128, 64, 64, 4, 4, True, "a narrower epilogue"),
+        GemmConfig(128, 64, 64, 4, 4, True, 9, "a narrower epilogue"),
     ),
     "gfx942": (
-        GemmConfig(128, 128, 64, 8, 2, False, "half the accumulator a wave"),
-        GemmConfig(64, 128, 64, 4, 2, False, "more programs for a chunk of few rows"),
+        GemmConfig(128, 128, 64, 8, 2, False, 16, "half the accumulator a wave"),
+        GemmConfig(64, 128, 64, 4, 2, False, 24, "more programs for a chunk of few rows"),
     ),
-    "interpreter": (GemmConfig(16, 32, 32, 1, 1, False, "for the tests of the choice"),),
+    "interpreter": (GemmConfig(16, 32, 32, 1, 1, False, 3, "for the tests of the choice"),),
 }  # fmt: skip
 
 
@@ -130,10 +134,6 @@ KEPT_PRODUCT = {
 KEPT_PRODUCT_FLOAT32 = ProductConfig(
     64, 64, 16, 8, 2, "16 sums a thread; with tiles of 128 the head's product spills on sm_80"
 )
-
-# M tiles that share one pass over the vocabulary: the vocabulary tile changes slowest, so that W
-# is read from memory once while these rows of x stay in the L2 cache (4096 x 4096 x 2 B = 32 MB).
-GROUP_M = 32
 
 _assumed: list[str] = []
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import FUSED, GROUP_M, GemmConfig, num_processors
+from .launch import FUSED, GemmConfig, num_processors
 
 
 class Partials(NamedTuple):
@@ -34,10 +34,14 @@ class Partials(NamedTuple):
 
 @triton.jit
 def _tile_of(tile, num_m, num_n, GROUP_M: tl.constexpr):
-    """Order of tiles: GROUP_M row tiles share each vocabulary tile before the next one."""
-    per_group = GROUP_M * num_n
-    first_m = (tile // per_group) * GROUP_M
-    height = tl.minimum(num_m - first_m, GROUP_M)
+    """Order of tiles: up to GROUP_M row tiles share each vocabulary tile before the next one.
+
+    All groups but the last are of one height: a last group of few rows would read W once more.
+    """
+    even = tl.cdiv(num_m, tl.cdiv(num_m, GROUP_M))
+    per_group = even * num_n
+    first_m = (tile // per_group) * even
+    height = tl.minimum(num_m - first_m, even)
     inside = tile % per_group
     return first_m + inside % height, inside // height
 
@@ -262,7 +266,7 @@ def logits_exp(
         "STATISTICS": statistics,
         "STORE": exps is not None,
         "REDO": redo is not None,
-        "GROUP_M": GROUP_M,
+        "GROUP_M": config.group_m,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,

@@ -132,7 +132,7 @@ class TritonBackend:
             head = DeviceHead.of(self, hidden, weight, bias)
             there, labelled = _labelled(targets, hidden.device)
             stats = TokenStatistics.empty(there, torch.float32, full=statistics)
-            for rows in torch.split(labelled, head.max_rows):
+            for rows in head.chunks(labelled):
                 x, y = head.take(hidden, rows), there[rows]
                 stats.record(rows, head.measure(x, y, keep=False, statistics=statistics)[1])
         return stats.logp, stats.entropy, stats.correct
@@ -156,7 +156,7 @@ class TritonBackend:
             there, labelled = _labelled(targets, hidden.device)
             unit = head.unit_on_device(upstream)
             grads = GradientSums.zeros(hidden, weight, bias, needs, unit)
-            for rows in torch.split(labelled, head.max_rows):
+            for rows in head.chunks(labelled):
                 x, own = head.take(hidden, rows), upstream[rows]
                 exps, out = head.measure(x, there[rows], keep=True, statistics=False)
                 assert exps is not None
@@ -164,6 +164,11 @@ class TritonBackend:
                 clear_rows(exps, factor, out.total)  # a row whose gradient nobody wants may be NaN
                 head.add_gradients(grads, rows, x, exps, factor, add=False)
         return grads.finish(1.0, hidden, weight, bias)
+
+
+def can_launch(device: torch.device) -> bool:
+    """Whether Triton kernels run on a device, the CPU's interpreter left aside."""
+    return _device_refusal(device, False) is None and _toolchain_refusal(False) is None
 
 
 def _device_refusal(device: torch.device, interpreted: bool) -> str | None:

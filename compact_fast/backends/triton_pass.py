@@ -90,7 +90,7 @@ class TritonPass:
     ) -> _Scores:
         """A frozen head: rows are made without their weights, which multiply them at the end."""
         plan, rows = self.plan, self.plan.rows
-        for at in torch.split(rows, self.head.max_rows):
+        for at in self.head.chunks(rows):
             x, y = self.head.take(hidden, at), plan.targets[at]
             exps, measured = self.head.measure(
                 x, y, keep=out is not None, statistics=self.statistics
@@ -131,7 +131,7 @@ class TritonPass:
                 f"a question of {n:,} rows does not fit hold_bytes={self.head.hold_bytes:,}: "
                 "with a trained head its logits are made twice"
             )
-        chunks = torch.split(rows, self.head.max_rows) if n else ()
+        chunks = self.head.chunks(rows) if n else ()
         for at in chunks:
             x, y = self.head.take(hidden, at), targets[at]
             stats.record(at, self.head.measure(x, y, keep=False, statistics=self.statistics)[1])

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from compact_fast.backends.gradients import divided
 from compact_fast.backends.protocol import Gradients, Needs
 from compact_fast.triton_kernels.gradient_rows import scale_rows
+from compact_fast.triton_kernels.gradient_scale import divide_into
 from compact_fast.triton_kernels.launch import architecture
 from compact_fast.triton_kernels.logits_gemm import padded_width
 from compact_fast.triton_kernels.products import add_product, product
@@ -34,7 +34,7 @@ UPCAST_BYTES = 256 << 20  # float32 copy of a part of a narrower head
 ROW_MULTIPLE = 128  # rows of a GEMM tile: a chunk of 3,500 would leave the last one part empty
 
 
-@dataclass(frozen=True)
+@dataclass
 class GradientSums:
     """Float32 gradients of the sum over questions. None: not needed."""
 
@@ -42,6 +42,7 @@ class GradientSums:
     weight: Tensor | None  # [V, D]; times `unit`
     bias: Tensor | None  # [V]; times `unit`
     unit: float | Tensor = 1.0  # see DeviceHead.unit
+    unwritten: bool = False  # `weight` is memory as it came, no zeros yet
 
     @classmethod
     def zeros(
@@ -54,16 +55,22 @@ class GradientSums:
     ) -> GradientSums:
         """Room for those that are needed."""
 
-        def zeros(owner: Tensor | None, need: bool) -> Tensor | None:
+        def room(owner: Tensor | None, need: bool) -> Tensor | None:
             if owner is None or not need:
                 return None
-            return torch.zeros_like(
-                owner, dtype=torch.float32, memory_format=torch.contiguous_format
-            )
+            return owner.new_empty(owner.shape, dtype=torch.float32)
 
-        return cls(
-            zeros(hidden, needs.hidden), zeros(weight, needs.weight), zeros(bias, needs.bias), unit
+        sums = cls(
+            room(hidden, needs.hidden),
+            room(weight, needs.weight),
+            room(bias, needs.bias),
+            unit,
+            unwritten=needs.weight,
         )
+        for small in (sums.hidden, sums.bias):
+            if small is not None:
+                small.zero_()
+        return sums
 
     @property
     def head(self) -> bool:
@@ -73,14 +80,46 @@ class GradientSums:
         """A row's factor [n] in the gradients of the head."""
         return factor if isinstance(self.unit, float) and self.unit == 1 else factor * self.unit
 
+    def settle(self) -> None:
+        """Make `weight` zeros, unless something has been written to all of it."""
+        if self.unwritten and self.weight is not None:
+            self.weight.zero_()
+        self.unwritten = False
+
+    def add_to_weight(self, g: Tensor, x: Tensor) -> None:
+        """dW += g^T x, for g [n, V] and x [n, D]; the first such product overwrites."""
+        assert self.weight is not None
+        if self.unwritten and g.shape[0]:
+            product(g.T, x, out=self.weight)
+            self.unwritten = False
+        else:
+            self.settle()
+            add_product(self.weight, g.T, x)
+
     def finish(
         self, normalizer: float | Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Gradients:
         """Divided by the normalizer, in the dtype of what they belong to."""
-        owners = (hidden, weight, bias)
-        rows = divided((self.hidden, None, None), owners, normalizer)
-        head = divided((None, self.weight, self.bias), owners, self.unit * normalizer)
-        return rows._replace(weight=head.weight, bias=head.bias)
+        self.settle()
+        head = self.unit * normalizer
+        return Gradients(
+            _divided(self.hidden, hidden, normalizer),
+            _divided(self.weight, weight, head),
+            None if bias is None else _divided(self.bias, bias, head),
+        )
+
+
+def _divided(total: Tensor | None, owner: Tensor, by: float | Tensor) -> Tensor | None:
+    """A sum of gradients, divided in its place where it may stay, in the dtype of its owner."""
+    if total is None or (not isinstance(by, Tensor) and by == 1):
+        return None if total is None else total.to(owner.dtype)
+    if not isinstance(by, Tensor):
+        by = torch.full((), by, dtype=torch.float32, device=total.device)
+    same = owner.dtype == torch.float32
+    out: Tensor = divide_into(
+        total, by, total if same else torch.empty_like(total, dtype=owner.dtype)
+    )
+    return out
 
 
 @dataclass
@@ -146,6 +185,13 @@ class DeviceHead:
     def most_held_rows(self) -> int:
         """Rows that may be held for one question that does not fit a chunk."""
         return max(self.max_rows, self.hold_bytes // self.row_bytes)
+
+    def chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Rows [n] in chunks of much the same size: a last one of few rows would be slow."""
+        parts = max(1, -(-rows.numel() // self.max_rows))
+        even = -(-rows.numel() // parts)
+        step = min(self.max_rows, max(1, -(-even // ROW_MULTIPLE)) * ROW_MULTIPLE)
+        return torch.split(rows, step)
 
     def take(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Rows of hidden [T, D] in the dtype of products, [n, D]."""
@@ -233,7 +279,7 @@ class DeviceHead:
             scale_rows(self.back_to_rows(g), factor, grads.hidden, to=at, add=add)
         if grads.weight is not None:
             scaled = scale_rows(x, grads.of_head(factor), torch.empty_like(x, dtype=g.dtype))
-            add_product(grads.weight, g.T, scaled)
+            grads.add_to_weight(g, scaled)
         self.add_bias_gradient(grads, g, factor)
 
     def add_bias_gradient(self, grads: GradientSums, g: Tensor, factor: Tensor) -> None:

@@ -64,6 +64,7 @@ class SkippingProducts:
             rows = kept_to_rows(exps, self.head.weight, kept)
             scale_rows(rows, factor, grads.hidden, to=at)
         if grads.weight is not None:
+            grads.settle()
             scaled = scale_rows(x, grads.of_head(factor), torch.empty_like(x))
             kept_to_head(exps, scaled, kept, grads.weight)
 

@@ -1,7 +1,10 @@
-"""Two repairs of Triton's interpreter, applied on import.
+"""Repairs of Triton's interpreter, applied on import.
 
 It multiplies the raw bits of bfloat16 operands of `tl.dot`, and truncates float32 to bfloat16
-where the hardware rounds to nearest even. `test_interpreter.py` proves both bit-exact.
+where the hardware rounds to nearest even. `test_interpreter_bf16.py` proves both bit-exact.
+
+Its products are NumPy's, whose rounding of a row depends, on some processors, on where in its tile
+the row stands; on matrix units it does not. Summed in float64 and rounded once, it does not here.
 """
 
 from __future__ import annotations
@@ -30,9 +33,13 @@ _cast = InterpreterBuilder.cast_impl
 
 
 def _create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
-    if a.dtype.scalar == tl.bfloat16:
-        a, b = (TensorHandle(widen(h.data), tl.float32) for h in (a, b))
-    return _dot(self, a, b, d, *rest)
+    if not a.dtype.scalar.is_floating() or a.data.itemsize == 1:
+        return _dot(self, a, b, d, *rest)
+    left, right = (
+        (widen(h.data) if h.dtype.scalar == tl.bfloat16 else h.data).astype(np.float64)
+        for h in (a, b)
+    )
+    return TensorHandle((left @ right + d.data).astype(d.data.dtype), d.dtype.scalar)
 
 
 def _cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
