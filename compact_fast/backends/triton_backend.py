@@ -20,6 +20,7 @@ from compact_fast.backends.assembly import TokenStatistics
 from compact_fast.backends.protocol import ABI, Gradients, LossResult, Needs, RunSpec
 from compact_fast.config import CompactConfig
 from compact_fast.layout import TokenLayout
+from compact_fast.transfer import send
 
 # 3,500 rows of a 151,936-word vocabulary in bfloat16: the 2-4 thousand that a GPU needs to keep
 # its matrix units busy in the head's gradient
@@ -213,8 +214,6 @@ def _product_refusal(spec: RunSpec) -> str | None:
 
 def _labelled(targets: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """(targets, positions with a label) on the device; it is waited for if targets lie on it."""
-    from compact_fast.backends.triton_plan import send
-
     rows = (targets >= 0).nonzero().squeeze(1)
     if targets.device == device:
         return targets, rows

@@ -7,9 +7,7 @@ wait for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from compact_fast.config import CompactConfig
 from compact_fast.layout import TokenLayout
 from compact_fast.reference import consistency_spans
 from compact_fast.scores import _exponential_by_key, counted_positions, information_positions
+from compact_fast.transfer import send
 from compact_fast.triton_kernels.teacher_weights import ConsensusRule, Information, Rule, WeightRule
 
 
@@ -114,29 +113,6 @@ def make_plan(
         consistency=consistency,
         **there,
     )
-
-
-def send(tensors: Mapping[str, Tensor | None], device: torch.device) -> dict[str, Any]:
-    """Tensors on the CPU, of any dtype, to the device: one pinned buffer, one copy. None stays.
-
-    A copy from memory that is not pinned would wait for the stream.
-    """
-    places: dict[str, slice] = {}
-    end = 0
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            places[name] = slice(end, end + tensor.numel() * tensor.element_size())
-            end = -(-places[name].stop // 16) * 16
-    packed = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
-
-    def part(buffer: Tensor, name: str, like: Tensor) -> Tensor:
-        return buffer[places[name]].view(like.dtype).view(like.shape)
-
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            part(packed, name, tensor).copy_(tensor)
-    there = packed.to(device, non_blocking=True)
-    return {n: None if t is None else part(there, n, t) for n, t in tensors.items()}
 
 
 def _groups(host: TokenLayout, rows: Tensor, max_rows: int) -> list[Group]:

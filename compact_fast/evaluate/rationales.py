@@ -50,7 +50,8 @@ def rationale_nll(
             owner.append(teacher)
     if not sequences:
         raise ValueError("no rationales to evaluate: give a file whose questions have rationales")
-    packing = choose_packing(model, masked=mask_wanted(model_device(model)))
+    dtype = body_and_head(model).weight.dtype
+    packing = choose_packing(model, masked=mask_wanted(model_device(model), dtype))
     with evaluation_mode(model):
         if packing.kind == "segments":
             logp = _logp_by_segments(model, rows, batch_tokens, backend, progress)

@@ -200,11 +200,17 @@ def trainable_rows(
 
 def packing_of(config: RunConfig, model: Any) -> Packing:
     """How training will pack rationales."""
+    autocast = torch.bfloat16 if bf16_autocast(config) else None
     return choose_packing(
         model,
         share=config.training.share_prompts,
         keep_padding=config.method.mode == "reference",
-        masked=mask_wanted(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        masked=mask_wanted(
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            autocast or body_and_head(model).weight.dtype,
+            compiled=config.training.compile_body,
+        ),
+        autocast=autocast,
     )
 
 
@@ -293,6 +299,7 @@ def _trial(
         share_prompts=config.training.share_prompts,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         lasting=False,
+        autocast=torch.bfloat16 if bf16_autocast(config) else None,
     )
     inputs = to_device(collator([row]), weight.device)
     with heeding(model, collator.packing):

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compact_fast.lean.varlen import flash_takes
 from compact_fast.students import body_and_head, causal_model, inference
 from compact_fast.tables import counted
 from compact_fast.trainer.batching import Ints
@@ -93,22 +94,24 @@ def choose_packing(
     share: bool = True,
     keep_padding: bool = False,
     masked: str | None = None,
+    autocast: torch.dtype | None = None,
 ) -> Packing:
     """The packing that suits a student best, tried on a few tokens.
 
     `share` false: prompts are not shared. `keep_padding`: the loss reads padding, as
     mode="reference" does. `masked`: why a mask is wanted rather than segments, if it is.
+    `autocast`: the dtype that training computes in, if not that of the weights.
     """
     width = body_and_head(model).weight.shape[1]
     if keep_padding:
         return Packing(reason="mode='reference' reads padding", width=width)
-    if masked is not None and share and _refusal(model, "mask") is None:
+    if masked is not None and share and _refusal(model, "mask", autocast=autocast) is None:
         return Packing("mask", shared=True, reason=masked, width=width)
-    refused = _refusal(model, "segments", share=share)
+    refused = _refusal(model, "segments", share=share, autocast=autocast)
     if refused is None:
         reason = None if share else "share_prompts is off"
         return Packing("segments", shared=share, reason=reason, width=width)
-    if share and _refusal(model, "mask") is None:
+    if share and _refusal(model, "mask", autocast=autocast) is None:
         return Packing("mask", shared=True, reason=refused, width=width)
     return Packing(reason=refused, width=width)
 
@@ -119,12 +122,14 @@ def refusal(model: Any) -> str | None:
     return None if packing.shared else packing.reason
 
 
-def mask_wanted(device: torch.device, compiled: bool = False) -> str | None:
-    """Why one masked call a layer suits better than a call for each segment, if it does."""
+def mask_wanted(
+    device: torch.device, dtype: torch.dtype = torch.float32, *, compiled: bool = False
+) -> str | None:
+    """Why one masked call a layer suits better than segments, if it does; dtype: of attention."""
     if compiled:
         return "a compiled body wants shapes that do not change"
-    if device.type != "cpu":
-        return "on a GPU one call a layer launches fewer kernels"
+    if device.type != "cpu" and not flash_takes(device, dtype):
+        return f"on {device.type} there are no flash kernels for {str(dtype).split('.')[-1]}"
     return None
 
 
@@ -254,7 +259,9 @@ _TRIAL: dict[str, Any] = {"prompt_ids": [1, 2, 3], "completion_ids": [[4, 5], [6
 
 
 @torch.no_grad()
-def _refusal(model: Any, kind: Kind, *, share: bool = True) -> str | None:
+def _refusal(
+    model: Any, kind: Kind, *, share: bool = True, autocast: torch.dtype | None = None
+) -> str | None:
     """Why a student cannot take a packing, or None when it can; tried on a few tokens."""
     causal = causal_model(model)
     config = causal.config.get_text_config()
@@ -269,7 +276,8 @@ def _refusal(model: Any, kind: Kind, *, share: bool = True) -> str | None:
         return f"{name} does not attend to all tokens in all layers"
     parts = body_and_head(model)
     device = parts.weight.device
-    with inference(causal):
+    computing = torch.autocast(device.type, autocast, enabled=autocast is not None)
+    with inference(causal), computing:
         try:
             if kind == "segments":
                 packed = pack_segments([_TRIAL], shared=share)
@@ -293,7 +301,8 @@ def _refusal(model: Any, kind: Kind, *, share: bool = True) -> str | None:
         )
     difference = float((together - apart).abs().max() / apart.abs().max().clamp(min=1e-6))
     # Rounding alone makes 1e-4 in SmolLM2's 30 layers; rationales that see each other make 0.7.
-    if not difference < (2e-3 if apart.dtype == torch.float32 else 5e-2):
+    wide = (autocast or apart.dtype).itemsize > 2
+    if not difference < (2e-3 if wide else 5e-2):
         return f"{name} makes other hidden states that way (relative difference {difference:.2g})"
     return None
 

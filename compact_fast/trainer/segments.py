@@ -5,8 +5,9 @@ A row holds trees one behind another, each a prompt and the rationales behind it
     prompt | rationale 1 | rationale 2 | prompt | rationale 1 | ...
 
 A token sees its own prompt, and its own rationale up to itself. Each segment is one call of SDPA
-over just these keys, so that a row of N tokens costs what its separate sequences cost, without the
-N x N pairs that a mask over the whole row would have. The function stands in transformers' registry
+over just these keys (on a GPU all segments are one call of its flash kernels), so that a row of N
+tokens costs what its separate sequences cost, without the N x N pairs that a mask over the whole
+row would have. The function stands in transformers' registry
 of attention functions; a model that uses it behaves as with "sdpa" wherever no trees are given.
 """
 
@@ -24,6 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from compact_fast.lean.attention import Tree, attend, can_attend, segments
+from compact_fast.lean.varlen import attend_by_flash
 from compact_fast.students import causal_model
 
 NAME = "compact_fast_segments"
@@ -55,6 +57,10 @@ def segment_attention(
     plain = kwargs.keys() <= _KNOWN and not kwargs.get("dropout")
     if plain and can_attend(query, key, value):
         return attend(query, key, value, compact_trees, window, kwargs.get("scaling")), None
+    if plain:
+        found = attend_by_flash(query, key, value, compact_trees, window, kwargs.get("scaling"))
+        if found is not None:
+            return found, None
     kwargs.pop("is_causal", None)
     out = []
     for s in segments(compact_trees):

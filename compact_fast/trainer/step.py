@@ -74,8 +74,11 @@ class Collator:
         device: torch.device | None = None,
         compiled: bool = False,
         lasting: bool = True,
+        autocast: torch.dtype | None = None,
     ) -> Collator:
         """The collator that a student and a configuration need, on the device it will run on.
+
+        autocast: the dtype that the body computes in, if not that of its weights.
 
         Where it packs segments, the student's attention heeds them from now on; unless `lasting`
         is false and the caller sees to that, with `heeding`.
@@ -85,7 +88,10 @@ class Collator:
             model,
             share=share_prompts,
             keep_padding=config.mode == "reference",
-            masked=mask_wanted(where, compiled),
+            masked=mask_wanted(
+                where, autocast or body_and_head(model).weight.dtype, compiled=compiled
+            ),
+            autocast=autocast,
         )
         if packing.kind == "segments" and lasting:
             attend_by_segments(model)

@@ -107,6 +107,7 @@ class CompactTrainer(CheckpointedTrainer):
             share_prompts=args.share_prompts,
             device=args.device,
             compiled=args.compile_body,
+            autocast=torch.bfloat16 if args.bf16 else None,
         )
         self._packing = collator.packing
         if args.compile_body and self._packing.kind != "mask":

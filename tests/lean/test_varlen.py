@@ -1,0 +1,78 @@
+"""Attention by one call for all segments: where keys come from and gradients go, with the kernel
+replaced by its definition; on a GPU (tests/trainer/test_on_gpu.py) by itself."""
+
+import pytest
+import torch
+
+from compact_fast.lean import attention, varlen
+
+TREES = ((3, 2, 4), (5,), (2, 1, 1, 3), (0, 4, 2))
+HEADS, KV_HEADS, D = 4, 2, 8
+
+
+def kernel(query, key, value, places, window, scale):
+    """Every sequence by itself, causal from its end."""
+    out = []
+    for s in range(places.cu_queries.numel() - 1):
+        q = query[places.cu_queries[s] : places.cu_queries[s + 1]]
+        k, v = (x[places.cu_keys[s] : places.cu_keys[s + 1]] for x in (key, value))
+        n, m = len(q), len(k)
+        assert n <= places.most_queries
+        assert m <= places.most_keys
+        distance = torch.arange(n)[:, None] + m - n - torch.arange(m)[None]
+        sees = (distance >= 0) & (distance < (m if window is None else window))
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=sees, scale=scale, enable_gqa=True
+            )[0].transpose(0, 1)
+        )
+    return torch.cat(out)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    monkeypatch.setattr(varlen, "flash_takes", lambda device, dtype: True)
+    monkeypatch.setattr(varlen, "_flash", kernel)
+
+
+def tensors(trees, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    N = sum(map(sum, trees))
+    return [
+        torch.randn(1, h, N, D, generator=g, dtype=torch.float64).requires_grad_()
+        for h in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("trees", [TREES, TREES[:1], ((5,), (4,)), ((0, 3),)])
+def test_equals_a_call_a_segment(flash, trees, window):
+    found = []
+    for attend in (varlen.attend_by_flash, attention.attend):
+        qkv = tensors(trees)
+        out = attend(*qkv, trees, window, 0.3)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).double()
+        (out * weight).sum().backward()
+        found.append([out, *(t.grad for t in qkv)])
+    for mine, theirs in zip(*found, strict=True):
+        # a prompt's gradient comes together in float32
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_what_the_kernels_do_not_take_is_left_to_others(flash):
+    qkv = tensors(TREES)
+    assert varlen.attend_by_flash(*qkv, TREES, None, None) is not None
+    odd = [t[..., :7] for t in qkv]
+    assert varlen.attend_by_flash(*odd, TREES, None, None) is None
+
+
+def test_only_gpus_have_the_kernels():
+    for dtype in (torch.float32, torch.bfloat16):
+        assert not varlen.flash_takes(torch.device("cpu"), dtype)
+    assert not varlen.flash_takes(torch.device("cuda"), torch.float32)
+
+
+def test_places_are_made_once_for_all_layers():
+    cpu = torch.device("cpu")
+    assert varlen.lengths_of(TREES, cpu) is varlen.lengths_of(TREES, cpu)
