@@ -7,15 +7,17 @@ padded, no pair of strangers is computed, and grouped heads are not repeated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
 
 from compact_fast.lean.attention import Tree, segments
 from compact_fast.transfer import send
@@ -77,13 +79,61 @@ def _joined(parts: Sequence[range]) -> Tensor:
     return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *arrays]))
 
 
-def flash_takes(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch has flash kernels for queries of this dtype on this device."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    if not (torch.cuda.is_available() and hasattr(torch.ops.aten, "_flash_attention_forward")):
-        return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+@cache
+def flash_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why torch's flash kernels do not attend by segments here, or None where they do.
+
+    They are operators that torch keeps for itself. So they are tried on a few tokens, forward and
+    backward, against attention of each segment by the public function.
+    """
+    if device.type != "cuda":
+        return f"no flash kernels on {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"flash kernels compute in two bytes, not in {str(dtype).removeprefix('torch.')}"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA or ROCm device"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "flash kernels need compute capability 8.0"
+    try:
+        error = trial_error(device, dtype)
+    except (AttributeError, TypeError, RuntimeError, NotImplementedError) as reason:
+        return f"torch {torch.__version__}: {str(reason).splitlines()[0]}"
+    # rounding to two bytes makes 1e-2; a wrong mask or a lost gradient makes 0.3 and more
+    return None if error < 0.05 else f"torch {torch.__version__} attends otherwise ({error:.2g})"
+
+
+def trial_error(device: torch.device, dtype: torch.dtype) -> float:
+    """The largest relative error of output and gradients of `attend_by_flash` on two trees."""
+    trees: tuple[Tree, ...] = ((3, 2, 4), (5,))
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(map(sum, trees))
+    given = [torch.randn(1, h, tokens, 64, generator=generator) for h in (4, 2, 2)]
+    upstream = torch.randn(1, tokens, 4, 64, generator=generator).to(device, dtype)
+    found: list[list[Tensor]] = []
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for flash in (True, False):
+            leaves = [x.to(device, dtype).requires_grad_() for x in given]
+            q, k, v = leaves if flash else [x.float() for x in leaves]
+            if flash:
+                out = _by_flash(q, k, v, lengths_of(trees, device), None, None)
+            else:
+                parts = [
+                    scaled_dot_product_attention(
+                        q[:, :, s.own], s.of(k), s.of(v), attn_mask=s.mask(None, device),
+                        is_causal=s.mask(None, device) is None, enable_gqa=True,
+                    )
+                    for s in segments(trees)
+                ]  # fmt: skip
+                out = torch.cat(parts, 2).transpose(1, 2)
+            out.backward(upstream.to(out.dtype))  # type: ignore[no-untyped-call]
+            found.append([out.detach(), *(x.grad for x in leaves if x.grad is not None)])
+    mine, theirs = found
+    if len(mine) != len(theirs):
+        return math.inf
+    return max(
+        float((a.float() - b.float()).norm() / b.float().norm())
+        for a, b in zip(mine, theirs, strict=True)
+    )
 
 
 def attend_by_flash(
@@ -104,10 +154,21 @@ def attend_by_flash(
     head = query.shape[-1]
     if head > 256 or head % 8 or not key.shape[-1] == value.shape[-1] == head:
         return None
-    if torch.compiler.is_compiling() or not flash_takes(device, dtype):
+    if torch.compiler.is_compiling() or flash_refusal(device, dtype) is not None:
         return None
-    places = lengths_of(tuple(trees), device)
-    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [N, heads, d]
+    q, k, v = (x.to(dtype) for x in (query, key, value))
+    return _by_flash(q, k, v, lengths_of(tuple(trees), device), window, scale)
+
+
+def _by_flash(
+    query: Tensor,  # [1, heads, N, d]
+    key: Tensor,  # [1, kv_heads, N, d]
+    value: Tensor,  # [1, kv_heads, N, d]
+    places: Lengths,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:  # [1, N, heads, d]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     k, v = (_Spread.apply(x, places) for x in (k, v))  # type: ignore[no-untyped-call]
     return _flash(q, k, v, places, window, scale)[None]
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compact_fast.lean.varlen import flash_takes
+from compact_fast.lean.varlen import flash_refusal
 from compact_fast.students import body_and_head, causal_model, inference
 from compact_fast.tables import counted
 from compact_fast.trainer.batching import Ints
@@ -128,9 +128,7 @@ def mask_wanted(
     """Why one masked call a layer suits better than segments, if it does; dtype: of attention."""
     if compiled:
         return "a compiled body wants shapes that do not change"
-    if device.type != "cpu" and not flash_takes(device, dtype):
-        return f"on {device.type} there are no flash kernels for {str(dtype).split('.')[-1]}"
-    return None
+    return None if device.type == "cpu" else flash_refusal(device, dtype)
 
 
 def pack_segments(rows: Sequence[Mapping[str, Any]], *, shared: bool = True) -> dict[str, Any]:

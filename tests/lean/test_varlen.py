@@ -32,7 +32,7 @@ def kernel(query, key, value, places, window, scale):
 
 @pytest.fixture
 def flash(monkeypatch):
-    monkeypatch.setattr(varlen, "flash_takes", lambda device, dtype: True)
+    monkeypatch.setattr(varlen, "flash_refusal", lambda device, dtype: None)
     monkeypatch.setattr(varlen, "_flash", kernel)
 
 
@@ -67,10 +67,30 @@ def test_what_the_kernels_do_not_take_is_left_to_others(flash):
     assert varlen.attend_by_flash(*odd, TREES, None, None) is None
 
 
-def test_only_gpus_have_the_kernels():
-    for dtype in (torch.float32, torch.bfloat16):
-        assert not varlen.flash_takes(torch.device("cpu"), dtype)
-    assert not varlen.flash_takes(torch.device("cuda"), torch.float32)
+def test_without_the_kernels_the_reason_is_told():
+    cuda = torch.device("cuda")
+    assert varlen.flash_refusal(torch.device("cpu"), torch.bfloat16) == "no flash kernels on cpu"
+    assert "not in float32" in varlen.flash_refusal(cuda, torch.float32)
+    if not torch.cuda.is_available():
+        assert "sees no CUDA" in varlen.flash_refusal(cuda, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (lambda out, q, k, v: out, 0.0),
+        (lambda out, q, k, v: 1.1 * out, 0.09),
+        (lambda out, q, k, v: out.detach() + 0 * (q.sum() + k.sum() + v.sum()), 1.0),
+        (lambda out, q, k, v: out.detach() + 0 * q.sum(), torch.inf),
+    ],
+)
+def test_the_trial_of_the_kernels_notices(monkeypatch, fault, error):
+    def broken(query, key, value, *rest):
+        return fault(kernel(query, key, value, *rest), query, key, value)
+
+    monkeypatch.setattr(varlen, "_flash", broken)
+    found = varlen.trial_error(torch.device("cpu"), torch.float32)
+    assert error <= found <= 1.2 * error + 1e-5
 
 
 def test_places_are_made_once_for_all_layers():
