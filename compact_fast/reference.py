@@ -43,8 +43,10 @@ def compact_loss(
     """
     config = config or CompactConfig()
     check_loss_inputs(hidden, lm_head_weight, layout, consensus, attention, config, head_bias)
-    logp = log_softmax(hidden, lm_head_weight, head_bias)  # [T, V]
-    label_logp = pick_targets(logp, layout.targets)  # [T]
+    dtype = statistics_dtype(hidden.dtype)  # of the results
+    z = logits(hidden, lm_head_weight, head_bias)  # [T, V]
+    logp = z.log_softmax(-1)
+    label_logp = target_logp(z, layout.targets)  # [T] float64
     nll = difficulty(label_logp, layout)  # [S]
     mi = _mi(hidden, lm_head_weight, logp, label_logp, layout, config)  # [S]
 
@@ -55,18 +57,19 @@ def compact_loss(
     if bool(shares.nonfinite.any()):  # weight 0 times inf would poison the loss and its gradient
         alive = ~shares.nonfinite[layout.token_sequence]
         cleaned = torch.where(alive[:, None], hidden, 0.0)
-        trained = log_softmax(cleaned, lm_head_weight, head_bias)
-        trained_nll = difficulty(pick_targets(trained, layout.targets), layout)
+        z = logits(cleaned, lm_head_weight, head_bias)
+        trained = z.log_softmax(-1)
+        trained_nll = difficulty(target_logp(z, layout.targets), layout)
     else:
         trained, trained_nll = logp, nll
     if config.skip_below > 0:
         g = _logit_gradients(trained, layout.targets)  # [T, V]
         kept = g >= config.skip_below
-        z = _KeptGradient.apply(logits(cleaned, lm_head_weight, head_bias), kept)  # type: ignore[no-untyped-call]
-        trained_nll = difficulty(pick_targets(z.log_softmax(-1), layout.targets), layout)
-    weighted = torch.where(alpha > 0, alpha * trained_nll, 0.0)
+        sparse = _KeptGradient.apply(z, kept)  # type: ignore[no-untyped-call]
+        trained_nll = difficulty(target_logp(sparse, layout.targets), layout)
+    weighted = torch.where(alpha > 0, alpha * trained_nll, 0.0)  # float64, as the loss is summed
     sft = weighted.new_zeros(layout.num_questions).index_add(0, layout.sequence_question, weighted)
-    divergence = _consistency(trained, alpha, layout, config)  # [Q]
+    divergence = _consistency(trained, alpha, layout, config).double()  # [Q]
     if normalizer is None:
         normalizer = max(1, int((~shares.skipped).sum()))
     kept_share = gradient_error = None
@@ -79,16 +82,16 @@ def compact_loss(
     loss_sft = sft.sum() / normalizer
     loss_consistency = config.consistency_weight * divergence.sum() / normalizer
     return CompactOutput(
-        loss=loss_sft + loss_consistency,
-        loss_sft=loss_sft.detach(),
-        loss_consistency=loss_consistency.detach(),
-        weights=alpha,
-        nll=nll.detach(),
-        mi=mi.detach(),
-        consensus=shares.consensus,
-        score=shares.score,
-        token_logp=label_logp.detach(),
-        consistency=divergence.detach(),
+        loss=(loss_sft + loss_consistency).to(dtype),
+        loss_sft=loss_sft.detach().to(dtype),
+        loss_consistency=loss_consistency.detach().to(dtype),
+        weights=alpha.to(dtype),
+        nll=nll.detach().to(dtype),
+        mi=mi.detach().to(dtype),
+        consensus=shares.consensus.to(dtype),
+        score=shares.score.to(dtype),
+        token_logp=label_logp.detach().to(dtype),
+        consistency=divergence.detach().to(dtype),
         filtered=shares.filtered,
         nonfinite=shares.nonfinite,
         skipped=shares.skipped,
@@ -266,6 +269,17 @@ def pick_targets(logp: Tensor, targets: Tensor) -> Tensor:
     """logp [T, V] at targets [T], 0 at negative targets."""
     picked = logp.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
     return torch.where(targets >= 0, picked, 0.0)
+
+
+def target_logp(z: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities [T] float64 of targets [T] by logits z [T, V], 0 at negative targets.
+
+    The logits' own rounding is the only one: in float32 that of a log-probability is larger.
+    """
+    top = z.detach().amax(-1, keepdim=True)
+    total = (z - top).exp().sum(-1, dtype=torch.float64)
+    own = z.gather(1, targets.clamp(min=0)[:, None]).double() - top
+    return torch.where(targets >= 0, own.squeeze(1) - total.log(), 0.0)
 
 
 def entropy(logp: Tensor, targets: Tensor) -> Tensor:

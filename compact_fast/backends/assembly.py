@@ -50,7 +50,7 @@ class TokenStatistics:
         for name in ("logp", "logsumexp", "entropy", "correct"):
             into, value = getattr(self, name), getattr(found, name)
             if into is not None and value is not None:
-                into[rows] = value
+                into[rows] = value.to(into.dtype)
 
 
 class Shares(Protocol):
@@ -82,27 +82,29 @@ def assemble(
     stats: TokenStatistics,
     kept_share: Tensor | None,
     gradient_error: Tensor | None,  # [3]
+    dtype: torch.dtype,
 ) -> LossResult:
-    """The loss, summed in float64, and all figures of a batch; nothing waits for a device."""
-    alpha = shares.weights
-    sft = torch.where(alpha > 0, alpha * nll, 0.0).double().sum() / normalizer
+    """The loss, summed in float64, and all figures of a batch, rounded to `dtype` once; nothing
+    waits for a device."""
+    alpha = shares.weights.double()
+    sft = torch.where(alpha > 0, alpha * nll, 0.0).sum() / normalizer
     pull = config.consistency_weight * divergence.double().sum() / normalizer
     return LossResult(
-        loss=(sft + pull).to(nll.dtype),
-        loss_sft=sft.to(nll.dtype),
-        loss_consistency=pull.to(nll.dtype),
+        loss=(sft + pull).to(dtype),
+        loss_sft=sft.to(dtype),
+        loss_consistency=pull.to(dtype),
         gradients=gradients,
-        weights=alpha,
-        nll=nll,
-        mi=mi,
-        consensus=shares.consensus,
-        score=shares.score,
-        token_logp=stats.logp,
-        consistency=divergence,
+        weights=shares.weights.to(dtype),
+        nll=nll.to(dtype),
+        mi=mi.to(dtype),
+        consensus=shares.consensus.to(dtype),
+        score=shares.score.to(dtype),
+        token_logp=stats.logp.to(dtype),
+        consistency=divergence.to(dtype),
         filtered=shares.filtered,
         nonfinite=shares.nonfinite,
         skipped=shares.skipped,
-        token_entropy=stats.entropy,
+        token_entropy=None if stats.entropy is None else stats.entropy.to(dtype),
         token_correct=stats.correct,
         kept_share=kept_share,
         gradient_error=gradient_error,

@@ -120,7 +120,9 @@ class OnlineRows:
         top = torch.maximum(self.peak, self.at_target)
         grow, own = (self.peak - top).exp(), (self.at_target - top).exp()
         total = self.rest * grow + own
-        against = self.rest.log() + (self.peak - self.at_target)  # log odds of any other entry
+        # float64: the last bit of a float32 is more than a row's sums are off by
+        rest, peak, at_target = self.rest.double(), self.peak.double(), self.at_target.double()
+        against = rest.log() + (peak - at_target)  # log odds of any other entry
         logp = torch.where(labelled, -torch.logaddexp(torch.zeros_like(against), against), 0.0)
         entropy = correct = None
         if self._pz is not None and self._preceded is not None:
@@ -134,7 +136,7 @@ class OnlineRows:
             rest=self.rest,
             peak=self.peak,
             logp=logp,
-            logsumexp=top + total.log(),
+            logsumexp=top + total.double().log(),
             entropy=entropy,
             correct=correct,
         )
@@ -153,7 +155,7 @@ class Softmax:
     factor: Tensor  # exp(z - peak) x factor = softmax
     rest: Tensor  # rest x factor = 1 - p of the target, without cancellation
     peak: Tensor
-    logp: Tensor
+    logp: Tensor  # float64, as is the next
     logsumexp: Tensor
     entropy: Tensor | None
     correct: Tensor | None

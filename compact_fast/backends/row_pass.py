@@ -30,7 +30,7 @@ class RowPass:
         statistics: bool,
     ) -> None:
         self.head, self.hidden, self.targets, self.most = head, hidden, targets, most
-        self.stats = TokenStatistics.empty(targets, head.dtype, full=statistics)
+        self.stats = TokenStatistics.empty(targets, torch.float64, full=statistics)
         self._full = statistics
         self._buffer = head.weight.new_empty(0, dtype=head.dtype)
 

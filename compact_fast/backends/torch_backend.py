@@ -106,7 +106,8 @@ class TorchBackend:
         for rows in torch.split((targets >= 0).nonzero().squeeze(1), work.most):
             work.measure(rows)
         stats = work.stats
-        return stats.logp, stats.entropy, stats.correct
+        entropy = None if stats.entropy is None else stats.entropy.to(head.dtype)
+        return stats.logp.to(head.dtype), entropy, stats.correct
 
     def token_logp_gradients(
         self,
@@ -196,6 +197,7 @@ class _Pass:
             stats=stats,
             kept_share=kept_share,
             gradient_error=gradient_error,
+            dtype=head.dtype,
         )
 
     def _run_group(self, group: Group) -> tuple[Tensor, Tensor, TeacherWeights]:
@@ -217,7 +219,7 @@ class _Pass:
                 _say_twice(n, self.backend.hold_bytes)
             self._measure_streamed(group, back=not grads.head)
         scores = self._score(group, work.stats, self.gold_logit)
-        alpha = scores[2].weights
+        alpha = scores[2].weights.to(work.head.dtype)
         scale = self._row_scale(rows, group, scores[2])
         found = group.answer_slice
         if answers is not None:
@@ -342,8 +344,8 @@ class _Pass:
         layout = self.layout
         sequence = layout.token_sequence[rows]
         alpha = shares.weights[sequence - group.sequences.start] / self.assumed
-        scale = alpha / layout.label_counts[sequence].clamp(min=1).to(alpha.dtype)
-        return torch.where(layout.labelled[rows], scale, 0.0)
+        scale = alpha / layout.label_counts[sequence].clamp(min=1)
+        return torch.where(layout.labelled[rows], scale, 0.0).to(self.work.head.dtype)
 
     # ---- groups ------------------------------------------------------------------------------
 

@@ -81,6 +81,7 @@ class TritonPass:
             stats=stats,
             kept_share=kept_share,
             gradient_error=gradient_error,
+            dtype=torch.float32,
         )
 
     # ---- rows --------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def test_statistics_are_those_of_the_softmax(width, dtype):
         ("logsumexp", z.double().logsumexp(-1)),
     ):
         torch.testing.assert_close(
-            getattr(found, name), want.to(dtype), msg=lambda m, n=name: n + m
+            getattr(found, name).to(dtype), want.to(dtype), msg=lambda m, n=name: n + m
         )
 
 
@@ -72,7 +72,7 @@ def test_masked_entries_and_an_otherwise_masked_vocabulary(dtype):
     z = torch.tensor([[0.5, -torch.inf, 2.0, -torch.inf], [1.0] + [-torch.inf] * 3], dtype=dtype)
     found = through(z, torch.tensor([2, 0]), 2, infinite=True)
     logp = z.log_softmax(-1)
-    torch.testing.assert_close(found.logp, torch.stack([logp[0, 2], logp[1, 0]]))
+    torch.testing.assert_close(found.logp.to(dtype), torch.stack([logp[0, 2], logp[1, 0]]))
     p = logp.exp()
     entropy = -torch.where(p > 0, p * logp, 0.0).sum(-1)
     torch.testing.assert_close(found.entropy, entropy)

@@ -47,5 +47,5 @@ def test_reference_and_torch_give_one_curve(tmp_path: Path) -> None:
     assert a[-10:].mean() < a[:10].mean()
     difference = (a - b).abs()
     assert difference.max() <= 1e-6, difference.max()
-    # losses are float32, 2.4e-7 apart here: most steps give the same one
-    assert difference.mean() <= 1.2e-7, difference.mean()
+    # losses are float32, 2.4e-7 apart here: nearly all steps give the same one
+    assert difference.mean() <= 1e-8, difference.mean()
