@@ -413,7 +413,7 @@ def test_a_rationale_too_long_for_a_step_graph_is_said_and_trained_on(
 def test_a_dropped_rationale_is_not_made_into_a_graph(train, long_rationale, tmp_path):
     code, out, err = train(data=long_rationale)
     assert code == 0, err
-    assert "1 rationales dropped (longer than max_length)" in out
+    assert "1 rationale dropped (longer than max_length)" in out
     assert "final answer alone" not in out
     agreement = json.loads((tmp_path / "run" / "agreement.json").read_text())
     assert agreement["counts"] == [[6, 5], [5, 5]]
