@@ -112,7 +112,7 @@ def trial_error(device: torch.device, dtype: torch.dtype) -> float:
     found: list[list[Tensor]] = []
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         for flash in (True, False):
-            leaves = [x.to(device, dtype).requires_grad_() for x in given]
+            leaves = [x.to(device, dtype, copy=True).requires_grad_() for x in given]
             q, k, v = leaves if flash else [x.float() for x in leaves]
             if flash:
                 out = _by_flash(q, k, v, lengths_of(trees, device), None, None)
