@@ -1,7 +1,7 @@
 """Launch configurations by architecture, each with the reason for it.
 
 Every number was checked by ahead-of-time compilation (registers, spills, shared memory). Those of
-sm_90 were chosen by timing on an H200 (docs/kernels.md); the others were never timed.
+sm_90 were chosen by timing on an H200 (docs/gpu.md); the others were never timed.
 
 GEMM tiles: M are rows (tokens), N the vocabulary, K the hidden width. The tiles that run at one
 time read the fewest bytes where they cover a square of rows and words: `group_m` row tiles and as
