@@ -2,8 +2,9 @@
 
     python -m bench.gpu_tiles
 
-Times the table's choice, what autotuning may choose, and the choice with other groups of row tiles;
-rows go into bench/results/gpu_tiles.csv. What is quicker here belongs into triton_kernels/launch.py.
+Times the table's choice, what autotuning may choose, and the choice with other groups of row
+tiles; rows go into bench/results/gpu_tiles.csv. What is quicker belongs into
+triton_kernels/launch.py.
 """
 
 from __future__ import annotations
