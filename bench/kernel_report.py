@@ -86,8 +86,9 @@ def record(row: Row) -> dict[str, object]:
 PAGE = """# Kernels, as compiled
 
 Nothing on this page was run on a GPU; what was is in [gpu.md](gpu.md).
-`python -m bench.kernel_report` compiles every kernel in every launch configuration for four architectures and reads the machine code; all {total} rows are
-in [`bench/results/kernels.csv`](../bench/results/kernels.csv), the main ones below. That the
+`python -m bench.kernel_report` compiles every kernel in every launch configuration for four
+architectures and reads the machine code; all {total} rows are in
+[`bench/results/kernels.csv`](../bench/results/kernels.csv), the main ones below. That the
 kernels compute the right numbers is tested in Triton's interpreter against float64
 (`tests/triton_kernels`).
 
