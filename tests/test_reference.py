@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from compact_fast import CompactConfig, TokenLayout
-from compact_fast.reference import attention_consensus, compact_loss, token_logp
+from compact_fast.reference import attention_consensus, compact_loss, logits, target_logp
 from compact_fast.testing import random_batch
 
 MODES = ("compact", "paper", "reference")
@@ -127,14 +127,14 @@ def test_one_teacher_is_plain_supervised_fine_tuning(weighting):
     (got,) = torch.autograd.grad(out.loss, hidden)
 
     plain = batch.hidden.clone().requires_grad_()
-    logp = token_logp(plain, batch.weight, batch.layout.targets)
+    logp = target_logp(logits(plain, batch.weight, None), batch.layout.targets)
     nll = []
     for s in range(3):
         a, b = batch.layout.cu_seqlens[s : s + 2].tolist()
         labelled = batch.layout.targets[a:b] >= 0
         if labelled.any():
-            nll.append((-logp[a:b].double().sum() / labelled.sum()).float())
-    loss = torch.stack(nll).sum() / len(nll)
+            nll.append(-logp[a:b].sum() / labelled.sum())
+    loss = (torch.stack(nll).sum() / len(nll)).float()  # rounded once
     (want,) = torch.autograd.grad(loss, plain)
     assert torch.equal(out.loss.detach(), loss.detach())
     assert torch.equal(got, want)

@@ -13,7 +13,7 @@ from torch import Tensor
 from compact_fast.products import quick
 from compact_fast.scores import statistics_dtype
 
-BLOCK_BYTES = 8 << 20  # logits of a block of the vocabulary, to stay in cache
+BLOCK_BYTES = 4 << 20  # logits of a block of the vocabulary, to stay in cache
 LEAST_WIDTH = 2048  # of a block, where there are many rows; narrower products are slower
 ALIGNED = 1024  # blocks are so many entries times n: rows that straddle cache lines are slow
 UPCAST_BYTES = 16 << 20  # float32 copy of a block of a low-precision head

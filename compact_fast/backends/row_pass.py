@@ -66,17 +66,17 @@ class RowPass:
         blocks = head.blocks(n) if held is None else held.blocks
         for i, (a, b) in enumerate(blocks):
             block = head.block(a, b)
-            place = None if held is None else held.places[i]
-            if place is None and not head.makes_memory:
-                place = self._room(rows.numel(), b - a)
+            place = None
+            if not head.makes_memory:
+                place = self._room(rows.numel(), b - a) if held is None else held.room(i)
             z = head.multiply(x, block, a, place)
             if kept is not None:
                 kept[:, a:b] = z[at : at + kept.shape[0]]
             shrink = online.update(z, a)
             if held is not None:
                 held.peaks.append(online.peak)
-                if head.makes_memory:
-                    held.places[i].copy_(z)
+                if head.makes_memory and (into_place := held.places[i]) is not None:
+                    into_place.copy_(z)
             if sparse is not None:
                 sparse.take(z[: sparse.at.numel()], a, online)
             if back:
@@ -95,14 +95,14 @@ class RowPass:
         back = grads.hidden is not None
         for part in torch.split(rows, self.head.max_rows if grads.head else self.most):
             n = part.numel()
-            held = self.room_to_hold(n, grads) if grads.head else None
+            held = self.room_to_hold(n, grads, n * self.head.vocab) if grads.head else None
             soft = self.measure(
                 part, back=n if back else 0, out=grads.hidden, held=held, again=True
             )
             if grads.hidden is not None:
                 grads.hidden[part] *= scale[part, None]
             if held is not None:
-                self.add_held(grads, part, held, soft, scale[part], NO_ROWS)
+                self.add_held(grads, part, held, soft, scale[part], NO_ROWS, None)
 
     def add_held(
         self,
@@ -112,22 +112,31 @@ class RowPass:
         soft: Softmax,
         scale: Tensor,  # [n]
         replaced: slice,
+        gradients: Tensor | None,  # [m, V] of the replaced rows
     ) -> None:
         """Add to the head's gradients those of the held rows whose scale is not 0; `replaced` ones
-        carry their own."""
+        have their own."""
+        head, targets = self.head, self.targets[rows]
         x, factor = self.take(rows), scale * soft.factor
         factor[replaced] = 1.0
-        held.add_to(grads, x, factor, soft.peak, replaced, runs(scale != 0))
+        online = OnlineRows(targets, head.dtype, full=False, infinite=head.bias is not None)
+        online.peak = soft.peak
+
+        def again(i: int) -> Tensor:
+            a, b = held.blocks[i]
+            z = head.multiply(x, head.block(a, b), a, None if head.makes_memory else held.room(i))
+            online.update(z, a)  # the same logits, so below the same peak
+            return z
+
+        held.add_to(grads, x, factor, soft.peak, replaced, gradients, runs(scale != 0), again)
         own = scale != 0
         own[replaced] = False
         amount = (factor * soft.rest)[own]
-        grads.subtract_targets(
-            self.head, rows[own], x[own], self.targets[rows[own]], amount, hidden=False
-        )
+        grads.subtract_targets(head, rows[own], x[own], targets[own], amount, hidden=False)
 
-    def room_to_hold(self, n: int, grads: GradientSums) -> HeldRows:
-        """Room for n rows; the next call takes it away."""
-        return HeldRows.arrange(n, self.head, grads, self._storage)
+    def room_to_hold(self, n: int, grads: GradientSums, most: int) -> HeldRows:
+        """Room for n rows, of `most` elements beside the gradient; the next call takes it away."""
+        return HeldRows.arrange(n, self.head, grads, most, self._storage)
 
     def _room(self, n: int, w: int) -> Tensor:
         return self._storage(n * w).view(n, w)

@@ -11,8 +11,8 @@ in groups of whole questions, and logits come a block of the vocabulary at a tim
 
 - a frozen head needs alpha at the very end: a block's logits are multiplied back at once and
   dropped, whatever the size of the group;
-- a trained head needs it before the second product: a group's exponentials are held. A question
-  that does not fit `hold_bytes` is passed over twice, first for its scores;
+- a trained head needs it before the second product: a group's exponentials are held, or made
+  again where that takes little time or `hold_bytes` are not enough;
 - with `skip_below` only the large exponentials are held, for either head.
 
 Rows that get weight 0 whatever the student says (filtered, fixed) are never multiplied back.
@@ -20,10 +20,8 @@ Rows that get weight 0 whatever the student says (filtered, fixed) are never mul
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,13 +30,14 @@ from compact_fast.backends.assembly import TokenStatistics, assemble
 from compact_fast.backends.consistency import AnswerRows, Spans, add_consistency
 from compact_fast.backends.gradients import GradientSums
 from compact_fast.backends.head import BLOCK_BYTES, LEAST_ROWS, LEAST_WIDTH, Head
-from compact_fast.backends.held_rows import most_inside
+from compact_fast.backends.held_rows import least_spare, most_inside
 from compact_fast.backends.online import Softmax
 from compact_fast.backends.protocol import ABI, Gradients, LossResult, Needs, RunSpec
 from compact_fast.backends.question_groups import Group, weightless
 from compact_fast.backends.row_pass import RowPass, runs
 from compact_fast.backends.sparse_rows import Left, SparseRows
 from compact_fast.config import CompactConfig
+from compact_fast.heap import can_trim, trim
 from compact_fast.layout import TokenLayout
 from compact_fast.reference import mean_gold
 from compact_fast.scores import (
@@ -50,10 +49,9 @@ from compact_fast.scores import (
     pointwise_information,
 )
 
-logger = logging.getLogger(__name__)
-
 CHUNK_BYTES = 48 << 20  # exponentials held at once; 256 rows of a 49,152-word vocabulary in float32
 HOLD_BYTES = 160 << 20  # the same for one question that does not fit a chunk
+AGAIN = 1 / 5  # share of the logits that a trained head may make again, to hold less
 ANSWER_BYTES = 24 << 20  # logits of answer spans, kept until their questions' weights are known
 WAITING_BYTES = 4 << 20  # their gradients, kept until there are enough of them for a product
 
@@ -129,7 +127,7 @@ class TorchBackend:
     def _stream_rows(self, head: Head) -> int:
         """So many rows that blocks of the vocabulary have their least width."""
         block = min(LEAST_WIDTH, head.vocab) * head.dtype.itemsize
-        return max(LEAST_ROWS, min(BLOCK_BYTES, self.chunk_bytes) // block)
+        return max(LEAST_ROWS, min(2 * BLOCK_BYTES, self.chunk_bytes) // block)
 
 
 _Part = tuple[SparseRows, tuple[int, Softmax]]  # and where its rows begin among the group's
@@ -163,7 +161,16 @@ class _Pass:
 
         self.waiting: list[tuple[Tensor, Tensor]] = []  # rows [n] and their gradients [n, V]
 
-        scored = [self._run_group(group) for group in self._groups()]
+        if grads.head and self.left is None:
+            sizes = [rows.numel() for _, rows in self._parts()]
+            least = least_spare(sizes, head, grads.unwritten, AGAIN)
+            self.spare = min(least, self.backend.hold_bytes // head.dtype.itemsize)
+
+        scored = []
+        for part in self._parts():
+            scored.append(self._run_group(self._group(*part)))
+            if part[0].start == 0 and grads.head and layout.device.type == "cpu" and can_trim():
+                trim()  # the first group is the largest; the others would not fit its holes
         self._add_waiting()
         mi = torch.cat([part[0] for part in scored])
         nll = torch.cat([part[1] for part in scored])
@@ -208,15 +215,13 @@ class _Pass:
         back = group.plain if grads.hidden is not None else 0
         if self.left is not None:
             sparse = self._measure_streamed(group, back=False)
-        elif grads.head and n and n <= self._most_held(self.backend.hold_bytes):
-            held = work.room_to_hold(n, grads)
+        elif grads.head and n:
+            held = work.room_to_hold(n, grads, self.spare)
             logits = None if answers is None else answers.logits
             soft = work.measure(
                 rows, back=back, out=grads.hidden, held=held, kept=logits, at=group.plain
             )
         else:
-            if grads.head and n:
-                _say_twice(n, self.backend.hold_bytes)
             self._measure_streamed(group, back=not grads.head)
         scores = self._score(group, work.stats, self.gold_logit)
         alpha = scores[2].weights.to(work.head.dtype)
@@ -241,19 +246,15 @@ class _Pass:
                 part.add_to(grads, found_soft, scale[first:end], alpha / self.assumed)
             self._add_answers(answers, scale[found])
         elif held is not None:
-            if answers is not None:
-                held.replace(found.start, answers.logits)
             if back:
                 self._scale_streamed(rows[:back], scale[:back])
             within = torch.where(torch.arange(n, device=scale.device) < stop, scale, 0.0)
-            work.add_held(grads, rows, held, soft, within, found)
-            self._await_answers(answers, scale[found])
-        elif not grads.head:
-            self._scale_streamed(rows[: group.plain], scale[: group.plain])
+            work.add_held(grads, rows, held, soft, within, found, logits)
             self._await_answers(answers, scale[found])
         else:
-            self._again(rows[: group.plain], scale[: group.plain])
-            self._add_answers(answers, scale[found])
+            if not grads.head:
+                self._scale_streamed(rows[: group.plain], scale[: group.plain])
+            self._await_answers(answers, scale[found])
         self._again(rows[stop:], scale[stop:])
         return scores
 
@@ -349,22 +350,19 @@ class _Pass:
 
     # ---- groups ------------------------------------------------------------------------------
 
-    def _most_held(self, spare_bytes: int) -> int:
-        """Rows that can be held with so much memory beside the gradients."""
-        head = self.work.head
-        most = max(head.max_rows, spare_bytes // head.row_bytes)
-        if self.grads.unwritten:
-            return max(most, most_inside(head, most * head.vocab))
-        return most
-
-    def _most_together(self) -> int:
+    def _most_together(self, first: bool) -> int:
         """Rows of whole questions that go through at a time, as things stand."""
+        head = self.work.head
         if self.left is not None:
-            return self.left.rows_together(self.work.head.max_rows)
-        return self._most_held(self.backend.chunk_bytes) if self.grads.head else self.work.most
+            return self.left.rows_together(head.max_rows)
+        if not self.grads.head:
+            return self.work.most
+        inside = first and self.grads.weight is not None
+        return most_inside(head, head.max_rows * head.vocab) if inside else head.max_rows
 
-    def _groups(self) -> Iterator[Group]:
-        """Whole questions, as many as go through together; a larger one stands alone."""
+    def _parts(self) -> Iterator[tuple[range, Tensor]]:
+        """Whole questions, as many as go through together, and their rows; a larger one stands
+        alone."""
         layout, config = self.layout, self.config
         needed = layout.labelled
         if config.mi == "logprob":
@@ -378,7 +376,7 @@ class _Pass:
             0 if self.spans is None else len(self.spans.positions(q, live))
             for q in range(layout.num_questions)
         ]
-        first, most = 0, self._most_together()
+        first, most = 0, self._most_together(True)
         for q in range(layout.num_questions):
             last = q + 1 == layout.num_questions
             if (
@@ -386,12 +384,11 @@ class _Pass:
                 or row_bounds[q + 2] - row_bounds[first] > most
                 or sum(sizes[first : q + 2]) > room
             ):
-                rows = all_rows[row_bounds[first] : row_bounds[q + 1]]
-                yield self._group(range(first, q + 1), rows, live)
-                first, most = q + 1, self._most_together()
+                yield range(first, q + 1), all_rows[row_bounds[first] : row_bounds[q + 1]]
+                first, most = q + 1, self._most_together(False)
 
-    def _group(self, questions: range, rows: Tensor, live: list[bool]) -> Group:
-        layout, head = self.layout, self.work.head
+    def _group(self, questions: range, rows: Tensor) -> Group:
+        layout, head, live = self.layout, self.work.head, self.live.tolist()
         teachers = layout.cu_teachers[[questions.start, questions.stop]].tolist()
         labelled = layout.labelled[rows]
         answers = AnswerRows.of(self.spans, questions, live, rows[labelled], head, ANSWER_BYTES)
@@ -440,16 +437,6 @@ class _Pass:
         q = slice(group.questions.start, group.questions.stop)
         shares = layout_weights(mi, nll, consensus, attention, layout, config, q)
         return mi, nll, shares
-
-
-@cache
-def _say_twice(rows: int, hold_bytes: int) -> None:
-    logger.info(
-        "a question of %s rows does not fit hold_bytes=%s: with a trained head its logits are "
-        "made twice",
-        f"{rows:,}",
-        f"{hold_bytes:,}",
-    )
 
 
 def _join(parts: list[TeacherWeights]) -> TeacherWeights:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from compact_fast.lean.heap import can_trim, trim
+from compact_fast.heap import can_trim, trim
 
 
 def rise_mb(run: Callable[[], object], device: torch.device) -> float | None:

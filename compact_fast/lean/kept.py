@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from compact_fast.lean.heap import Heap
+from compact_fast.heap import Heap
 
 LEAST_BYTES, MOST_BYTES = 4 << 20, 32 << 20  # of a chunk
 ALIGNED = 64  # bytes; a cache line

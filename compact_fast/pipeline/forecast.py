@@ -18,8 +18,8 @@ from torch import Tensor
 
 from compact_fast.backends import Choice, choose
 from compact_fast.backends.torch_backend import ANSWER_BYTES, CHUNK_BYTES, HOLD_BYTES
+from compact_fast.heap import resident_bytes, trim
 from compact_fast.lean import make_lean
-from compact_fast.lean.heap import resident_bytes, trim
 from compact_fast.lean.kept import give_back, own_bytes
 from compact_fast.run_config import RunConfig
 from compact_fast.students import body_and_head, causal_model

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compact_fast.backends import held_rows
 from compact_fast.backends.gradients import GradientSums
 from compact_fast.backends.head import Head
-from compact_fast.backends.held_rows import HeldRows, blocks_inside, most_inside
+from compact_fast.backends.held_rows import HeldRows, blocks_inside, least_spare, most_inside
 
 
 def sums(vocab: int, width: int) -> GradientSums:
@@ -19,12 +20,16 @@ def sums(vocab: int, width: int) -> GradientSums:
 @settings(max_examples=200, deadline=None)
 @given(
     n=st.integers(1, 60), vocab=st.integers(1, 300), width=st.integers(1, 40),
-    block=st.integers(1, 80), cut=st.integers(0, 60),
+    block=st.integers(1, 80), cut=st.integers(0, 60), most=st.integers(0, 20_000),
+    aligned=st.integers(1, 90),
 )  # fmt: skip
-def test_gradient_is_the_product_whatever_lies_where(n, vocab, width, block, cut):
+def test_gradient_is_the_product_whatever_lies_where(n, vocab, width, block, cut, most, aligned):
     with pytest.MonkeyPatch.context() as patch:
         blocks = [(a, min(a + block, vocab)) for a in range(0, vocab, block)]
         patch.setattr(Head, "blocks", lambda self, rows: blocks)
+        patch.setattr(held_rows, "LINE", aligned)
+        patch.setattr(held_rows, "ALIGNED", 1)
+        patch.setattr(held_rows, "BLOCK_BYTES", 4 * n * block)
         torch.manual_seed(n * vocab)
         head, grads = Head(torch.zeros(vocab, width), None, 1), sums(vocab, width)
         asked = []
@@ -33,20 +38,33 @@ def test_gradient_is_the_product_whatever_lies_where(n, vocab, width, block, cut
             asked.append(size)
             return torch.full((size,), torch.nan)
 
-        held = HeldRows.arrange(n, head, grads, spare)
+        held = HeldRows.arrange(n, head, grads, most, spare)
         exps, x = torch.rand(n, vocab), torch.randn(n, width)
-        for (a, b), place in zip(blocks, held.places, strict=True):
-            place.copy_(exps[:, a:b])
+        inside = blocks_inside(n, blocks, width)
+        outside = n * (vocab - (blocks[inside - 1][1] if inside else 0))
+        blocks = held.blocks  # those that are made again have been cut anew
+        for i, (a, b) in enumerate(blocks):
+            held.room(i).copy_(exps[:, a:b])
             held.peaks.append(torch.zeros(n))
         for (a, b), place in zip(blocks, held.places, strict=True):
-            assert torch.equal(place, exps[:, a:b])  # no two blocks share memory
+            # no two blocks share memory, and none with what others are made again in
+            assert place is None or torch.equal(place, exps[:, a:b])
+
+        def again(i: int) -> torch.Tensor:
+            a, b = blocks[i]
+            return held.room(i).copy_(exps[:, a:b])
+
         first = min(cut, n)
         runs = [(a, b) for a, b in ((0, first), (first, n)) if a < b]
-        held.add_to(grads, x, torch.ones(n), torch.zeros(n), slice(0, 0), runs)
+        no_rows = slice(0, 0)
+        held.add_to(grads, x, torch.ones(n), torch.zeros(n), no_rows, None, runs, again)
         torch.testing.assert_close(grads.weight, exps.T @ x, rtol=1e-5, atol=1e-5)
-        inside = blocks_inside(n, blocks, width)
-        outside = vocab - (blocks[inside - 1][1] if inside else 0)
-        assert sum(asked) == n * outside
+        kept = n * sum(
+            b - a for (a, b), p in zip(blocks, held.places, strict=True) if p is not None
+        )
+        beside = min(outside, -(-most // (n * aligned)) * n * aligned)  # in whole columns
+        assert kept == n * vocab - outside + beside
+        assert beside <= sum(asked) <= beside + n * block
 
 
 def test_rows_up_to_the_width_need_little_more_memory():
@@ -62,7 +80,7 @@ def test_rows_up_to_the_width_need_little_more_memory():
 def test_a_gradient_that_is_written_to_holds_nothing():
     head, grads = Head(torch.zeros(300, 20), None, 1 << 20), sums(300, 20)
     grads.settle()
-    held = HeldRows.arrange(5, head, grads, lambda size: torch.zeros(size))
+    held = HeldRows.arrange(5, head, grads, 5 * 300, lambda size: torch.zeros(size))
     assert grads.weight is not None
     inside = grads.weight.untyped_storage().data_ptr()
     assert all(p.untyped_storage().data_ptr() != inside for p in held.places)
@@ -70,8 +88,30 @@ def test_a_gradient_that_is_written_to_holds_nothing():
 
 def test_no_rows_with_a_weight_leave_no_trace():
     head, grads = Head(torch.zeros(300, 20), None, 1 << 20), sums(300, 20)
-    held = HeldRows.arrange(5, head, grads, lambda size: torch.full((size,), torch.nan))
-    held.add_to(grads, torch.ones(5, 20), torch.zeros(5), torch.zeros(5), slice(0, 0), [])
+    held = HeldRows.arrange(5, head, grads, 1500, lambda size: torch.full((size,), torch.nan))
+    x, zeros = torch.ones(5, 20), torch.zeros(5)
+    held.add_to(grads, x, zeros, zeros, slice(0, 0), None, [], lambda i: torch.ones(5, 300))
     grads.settle()
     assert grads.weight is not None
     assert not grads.weight.any()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 90), min_size=1, max_size=6), inside=st.booleans(),
+    share=st.floats(0, 1),
+)  # fmt: skip
+def test_no_less_would_do(sizes, inside, share):
+    head = Head(torch.zeros(300, 20), None, 1 << 20)
+    outside = [300 * n for n in sizes]
+    if inside:
+        blocks = head.blocks(sizes[0])
+        count = blocks_inside(sizes[0], blocks, 20)
+        outside[0] -= sizes[0] * (blocks[count - 1][1] if count else 0)
+
+    def again(spare):
+        return sum(max(0, n - spare) for n in outside)
+
+    found, most = least_spare(sizes, head, inside, share), share * 300 * sum(sizes)
+    assert again(found) <= most
+    assert found == 0 or again(found - 1) > most - 1e-6

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compact_fast.lean import heap
-from compact_fast.lean.heap import LEAST_GROWTH, Heap
+from compact_fast import heap
+from compact_fast.heap import LEAST_GROWTH, Heap
 
 MEGABYTE = 1 << 20
 
