@@ -79,7 +79,7 @@ def _project(
 ) -> Tensor:  # [..., out]
     """x w^T + bias + scale · (units ∘ x) a^T b^T."""
     if not torch.is_grad_enabled():
-        return _products(x, w, bias, a, b, units, scale)[0]
+        return _products(x, w, bias, a, b, units, scale)
     source = source_of(x)
     make, parts = (None, (x,)) if source is None else (source.make, source.parts)
     return cast(
@@ -96,8 +96,8 @@ def _products(
     b: Tensor,
     units: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """What `_project` returns, and (units ∘ x) a^T [N, r]."""
+) -> Tensor:
+    """What `_project` returns."""
     product = quick(x)
     if product is None:
         out = nn.functional.linear(x, w, bias)
@@ -105,10 +105,14 @@ def _products(
         out = product(x, w)
         if bias is not None:
             out += bias
-    low = (x if units is None else dropout.apply(x, units)).reshape(-1, a.shape[1]) @ a.T
+    low = _dropped(x, units) @ a.T
     out.view(-1, b.shape[0]).addmm_(low, b.T, alpha=scale)
     # no view of the product: what a Function returns as one may not be changed in place
-    return torch.ops.aten._unsafe_view(out, out.shape), low
+    return cast(Tensor, torch.ops.aten._unsafe_view(out, out.shape))
+
+
+def _dropped(x: Tensor, units: Tensor | None) -> Tensor:  # [..., in] -> [N, in]
+    return (x if units is None else dropout.apply(x, units)).reshape(-1, x.shape[-1])
 
 
 class _Projection(torch.autograd.Function):
@@ -127,26 +131,25 @@ class _Projection(torch.autograd.Function):
         make: Callable[..., Tensor] | None,
         *parts: Tensor,
     ) -> Tensor:
-        out, low = _products(x, w, bias, a, b, units, scale)
+        out = _products(x, w, bias, a, b, units, scale)
         kept = parts if make is not None else (keep(x),)
         units = None if units is None else keep(units)
-        ctx.save_for_backward(w, a, b, keep(low), units, *kept)
+        ctx.save_for_backward(w, a, b, units, *kept)
         ctx.scale, ctx.make, ctx.shape = scale, make, x.shape
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        w, a, b, low, units, *kept = ctx.saved_tensors
+        w, a, b, units, *kept = ctx.saved_tensors
         g = grad.reshape(-1, b.shape[0])
         g_low = (g @ b) * ctx.scale  # [N, r]
         g_x = g_a = g_b = None
-        if ctx.needs_input_grad[4]:
-            g_b = keep_gradient(((low * ctx.scale).T @ g).T)
-        if ctx.needs_input_grad[3]:
-            x = kept[0] if ctx.make is None else ctx.make(*kept)
-            x = x if units is None else dropout.apply(x, units)
-            g_a = keep_gradient(g_low.T @ x.reshape(-1, a.shape[1]))
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            x = _dropped(kept[0] if ctx.make is None else ctx.make(*kept), units)
+            # x a^T again: r numbers a token for every layer are worth more than a thin product
+            g_b = keep_gradient((((x @ a.T) * ctx.scale).T @ g).T)
+            g_a = keep_gradient(g_low.T @ x)
         if ctx.needs_input_grad[0]:
             product = quick(g)
             g_x = (g @ w if product is None else product(g, w.T)).view(ctx.shape)

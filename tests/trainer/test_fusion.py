@@ -253,13 +253,15 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="is about CPUs")
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    settings = {"lora": True, "per_device_train_batch_size": 2}
+    # float64: z-scores of nearly equal scores would magnify float32's rounding, which is another
+    # for sums in another order and on another processor
+    settings = {"lora": True, "per_device_train_batch_size": 2, "dtype": torch.float64}
     first, second = processes(tmp_path / "two", 2, fusion="per_teacher", **settings)
     assert isinstance(first, dict), first
     alone, _ = processes(tmp_path / "packed", 2, **settings)
     for name in alone:
         assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], alone[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(first[name], alone[name], rtol=1e-5, atol=1e-6)
 
 
 def test_recomputation_changes_nothing(tmp_path: Path) -> None:

@@ -41,9 +41,10 @@ def _train(
     poison: bool = False,
     die: bool = False,
     count: int = 16,
+    dtype: torch.dtype = torch.float32,
     **changes: Any,
 ) -> Any:
-    model = make_student(lora=lora)
+    model = make_student(lora=lora).to(dtype)
     if poison:
         rank = int(os.environ.get("RANK", "0"))
         if rank == 1:  # one process alone meets the bad number
