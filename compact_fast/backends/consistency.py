@@ -249,9 +249,12 @@ def _pair_coefficients(alpha: Tensor, lengths: Tensor, floor: float) -> Tensor:
 
 def _block(logits: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """logits [R, K, V], symmetric c [R, K, K] -> (sum_{i<j} c_ij D_ij, softmax, the sum's
-    gradient [R, K, V])."""
-    a = logits.log_softmax(-1)
+    gradient [R, K, V]). The logits are overwritten: three of their size are held, no more."""
+    a = logits.sub_(logits.amax(-1, keepdim=True))
     p = a.exp()
+    sums = p.sum(-1, keepdim=True)
+    p /= sums
+    a -= sums.log()
     # only differences of a matter: without their mean, products stay of the differences' size
     a -= a.mean(1, keepdim=True)
     cross = p @ a.transpose(1, 2)  # [R, K, K]: <p_i, a_j>
@@ -262,4 +265,4 @@ def _block(logits: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # total x a - c a is one product with total - c
     bracket = (torch.diag_embed(total.squeeze(-1)) - c) @ a
     bracket += total - (c * kl).sum(-1, keepdim=True)
-    return value, p, bracket.mul_(p).sub_(c @ p)
+    return value, p, bracket.mul_(p).baddbmm_(c, p, alpha=-1)
