@@ -1,5 +1,5 @@
 """Attention by one call for all segments: where keys come from and gradients go, with the kernel
-replaced by its definition; on a GPU (tests/trainer/test_on_gpu.py) by itself."""
+replaced by its definition; on a GPU (tests/trainer/test_training_on_gpu.py) by itself."""
 
 import pytest
 import torch
