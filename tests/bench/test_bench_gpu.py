@@ -64,3 +64,17 @@ def test_a_wrong_backend_is_not_timed(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "TOO LARGE" in said
     assert "nothing is timed" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_benches_of_steps_and_tiles_say_so_too(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.delenv("COMPACT_FAST_DATA", raising=False)
+    from bench import gpu_step, gpu_tiles
+
+    assert gpu_tiles.main() == 2
+    assert gpu_step.main(["--data", "somewhere"]) == 2
+    assert gpu_step.main([]) == 2
+    said = capsys.readouterr().err
+    assert said.count("no CUDA or ROCm device") == 2
+    assert "--data FOLDER" in said
