@@ -84,7 +84,7 @@ def on_this_device(device: torch.device) -> Iterator[None]:
 
 
 def step_of(variant: str, work: Work, scratch: str) -> Step:
-    masked = mock.patch("compact_fast.trainer.step.mask_wanted", return_value="to compare")
+    masked = mock.patch("compact_fast.trainer.packing.mask_wanted", return_value="to compare")
     with masked if variant == "masked" else nullcontext():
         return make_step("ours" if variant == "masked" else variant, work, scratch)
 

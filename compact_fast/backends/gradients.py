@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -101,18 +100,11 @@ class GradientSums:
     ) -> Gradients:
         """Divided by the normalizer, in the dtype of what they belong to."""
         self.settle()
-        return divided((self.hidden, self.weight, self.bias), (hidden, weight, bias), normalizer)
-
-
-def divided(
-    sums: Iterable[Tensor | None], owners: Iterable[Tensor | None], by: float | Tensor
-) -> Gradients:
-    """Sums of gradients, divided in place, in the dtypes of what they belong to."""
-    # by 1 it would be a pass over memory for nothing; a tensor is not read, it may be on a GPU
-    whole = not isinstance(by, Tensor) and by == 1
-    return Gradients(
-        *(
-            None if g is None or owner is None else (g if whole else g.div_(by)).to(owner.dtype)
-            for g, owner in zip(sums, owners, strict=True)
+        whole = normalizer == 1  # a pass over memory for nothing
+        sums, owners = (self.hidden, self.weight, self.bias), (hidden, weight, bias)
+        return Gradients(
+            *(
+                None if g is None or o is None else (g if whole else g.div_(normalizer)).to(o.dtype)
+                for g, o in zip(sums, owners, strict=True)
+            )
         )
-    )

@@ -15,7 +15,7 @@ from compact_fast.evaluate.results import RationaleNll, TeacherNll
 from compact_fast.loss import token_logp
 from compact_fast.students import body_and_head
 from compact_fast.trainer.batching import batches_within, question_lengths
-from compact_fast.trainer.packing import choose_packing, mask_wanted, pack_segments, read_segments
+from compact_fast.trainer.packing import pack_segments, packing_on, read_segments
 from compact_fast.trainer.segments import attending_by_segments
 
 
@@ -50,8 +50,7 @@ def rationale_nll(
             owner.append(teacher)
     if not sequences:
         raise ValueError("no rationales to evaluate: give a file whose questions have rationales")
-    dtype = body_and_head(model).weight.dtype
-    packing = choose_packing(model, masked=mask_wanted(model_device(model), dtype))
+    packing = packing_on(model, model_device(model))
     with evaluation_mode(model):
         if packing.kind == "segments":
             logp = _logp_by_segments(model, rows, batch_tokens, backend, progress)

@@ -67,8 +67,11 @@ def lengths_of(trees: tuple[Tree, ...], device: torch.device) -> Lengths:
         "cu_queries": torch.tensor(queries_at, dtype=torch.int32),
         "cu_keys": torch.tensor(keys_at, dtype=torch.int32),
     }
+    # what was made while scoring may serve a pass that autograd records
+    with torch.inference_mode(False):
+        there = send(host, device)
     return Lengths(
-        **send(host, device),
+        **there,
         most_queries=int(np.diff(queries_at).max()),
         most_keys=int(np.diff(keys_at).max()),
     )

@@ -30,7 +30,7 @@ from compact_fast.trainer.batching import (
     sequence_tokens,
 )
 from compact_fast.trainer.fusion import gradient_bytes
-from compact_fast.trainer.packing import Packing, choose_packing, mask_wanted
+from compact_fast.trainer.packing import Packing, packing_on
 from compact_fast.trainer.step import (
     Collator,
     direct_body,
@@ -200,17 +200,13 @@ def trainable_rows(
 
 def packing_of(config: RunConfig, model: Any) -> Packing:
     """How training will pack rationales."""
-    autocast = torch.bfloat16 if bf16_autocast(config) else None
-    return choose_packing(
+    return packing_on(
         model,
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         share=config.training.share_prompts,
         keep_padding=config.method.mode == "reference",
-        masked=mask_wanted(
-            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-            autocast or body_and_head(model).weight.dtype,
-            compiled=config.training.compile_body,
-        ),
-        autocast=autocast,
+        compiled=config.training.compile_body,
+        autocast=torch.bfloat16 if bf16_autocast(config) else None,
     )
 
 

@@ -116,6 +116,29 @@ def choose_packing(
     return Packing(reason=refused, width=width)
 
 
+def packing_on(
+    model: Any,
+    device: torch.device,
+    *,
+    share: bool = True,
+    keep_padding: bool = False,
+    compiled: bool = False,
+    autocast: torch.dtype | None = None,
+) -> Packing:
+    """The packing for a device: segments where its attention has kernels for them.
+
+    `compiled`: the body will be. The rest is as in `choose_packing`.
+    """
+    dtype = autocast or body_and_head(model).weight.dtype
+    return choose_packing(
+        model,
+        share=share,
+        keep_padding=keep_padding,
+        masked=mask_wanted(device, dtype, compiled=compiled),
+        autocast=autocast,
+    )
+
+
 def refusal(model: Any) -> str | None:
     """Why a student cannot share prompts, or None when it can."""
     packing = choose_packing(model)

@@ -32,11 +32,10 @@ from compact_fast.students import (
 from compact_fast.trainer.batching import IDLE
 from compact_fast.trainer.packing import (
     Packing,
-    choose_packing,
     is_cheaper,
-    mask_wanted,
     pack_segments,
     pack_shared,
+    packing_on,
     read_segments,
     shared_mask,
 )
@@ -84,13 +83,12 @@ class Collator:
         is false and the caller sees to that, with `heeding`.
         """
         where = device or next(model.parameters()).device
-        packing = choose_packing(
+        packing = packing_on(
             model,
+            where,
             share=share_prompts,
             keep_padding=config.mode == "reference",
-            masked=mask_wanted(
-                where, autocast or body_and_head(model).weight.dtype, compiled=compiled
-            ),
+            compiled=compiled,
             autocast=autocast,
         )
         if packing.kind == "segments" and lasting:

@@ -96,3 +96,9 @@ def test_the_trial_of_the_kernels_notices(monkeypatch, fault, error):
 def test_places_are_made_once_for_all_layers():
     cpu = torch.device("cpu")
     assert varlen.lengths_of(TREES, cpu) is varlen.lengths_of(TREES, cpu)
+
+
+def test_places_made_while_scoring_serve_training():
+    with torch.inference_mode():
+        places = varlen.lengths_of(((4, 3), (2, 2)), torch.device("cpu"))
+    assert not places.keys.is_inference()
