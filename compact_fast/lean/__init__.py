@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from compact_fast.heap import keep_top
 from compact_fast.lean.blocks import is_gated_mlp, is_norm, mlp_forward, norm_forward
 from compact_fast.lean.kept import settle
 from compact_fast.lean.linear import is_large_linear, linear_forward
@@ -34,7 +35,10 @@ def make_lean(model: nn.Module) -> int:
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer) and not _settles(layer):
             layer.register_forward_hook(_settle_output)
-    return len(_replace_forwards(model))
+    changed = _replace_forwards(model)
+    if any(p.device.type == "cpu" for module in changed for p in module.parameters()):
+        keep_top()
+    return len(changed)
 
 
 @contextmanager

@@ -89,10 +89,16 @@ class Chunks(threading.local):
             self._addresses.remove(chunk.address)
             wanted -= len(chunk)
 
+    def let_go(self, wanted: int) -> int:
+        """Return chunks in which nothing lies to the system, the largest first; bytes that were in
+        use once."""
+        before = self.reach
+        self._let_go(sorted((c for c in self.all if c.empty), key=len), wanted)
+        return before - self.reach
+
     def give_back(self) -> None:
-        """Return those in which nothing lies to the system."""
-        self.all = [c for c in self.all if not c.empty]
-        self._addresses = {c.address for c in self.all}
+        """Return all those in which nothing lies."""
+        self.let_go(self.size)
 
 
 class Kept(threading.local):
@@ -181,13 +187,17 @@ def settle(t: Tensor, *, recomputed: bool = False) -> Tensor:
 class _Settle(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t: Tensor, where: Kept) -> Tensor:
-        _HEAP.tidy(_CHUNKS.reach)
+        _tidy()
         return where.empty(tuple(t.shape), t.dtype).copy_(t)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        _HEAP.tidy(_CHUNKS.reach)
+        _tidy()
         return grad, None
+
+
+def _tidy() -> None:
+    _HEAP.tidy(_CHUNKS.reach, _CHUNKS.let_go)
 
 
 def keep(t: Tensor) -> Tensor:
