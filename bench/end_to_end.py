@@ -413,10 +413,12 @@ def keep(rows: Sequence[Mapping[str, Any]]) -> None:
     known = {key_of(r): r for r in read_rows()}
     for row in rows:
         key, here = key_of(row), where()
-        if "peak_extra_mb" in row:  # what the time was measured on, and when, stays said
-            known[key] = {**here, **known.get(key, {}), **row, "memory_date": here["date"]}
-        else:
-            known[key] = {**known.get(key, {}), **row, **here}
+        before = known.get(key, {})
+        if "peak_extra_mb" not in row:
+            known[key] = {**before, **row, **here}
+        else:  # what a time was measured on, and when, stays said
+            of_time = before if before.get("seconds_a_question") else {**before, **here}
+            known[key] = {**here, **of_time, **row, "memory_date": here["date"]}
     order = {case: i for i, case in enumerate(CASES)}
     kept = [known[key] for key in sorted(known, key=lambda k: (order[k[0]], k[1], k[2]))]
     columns = list(dict.fromkeys(key for row in kept for key in row))

@@ -54,7 +54,8 @@ def where() -> dict[str, str]:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
-        device = _cpu_name()
+        # which instructions torch uses decides by what products are made, and who is quicker
+        device = f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
     return {
         "device": device,
         "threads": str(torch.get_num_threads()),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+PART_BYTES = 2 << 20  # of a product that is added to what is there
 LONGEST = 4096  # terms of a sum: oneDNN adds them in a row and rounds more, where MKL parts them
 
 Linear = Callable[[Tensor, Tensor], Tensor]
@@ -30,6 +31,25 @@ def quick(like: Tensor) -> Linear | None:
     if like.device.type != "cpu" or like.dtype != torch.float32:
         return None
     return _onednn() if torch.backends.mkldnn.enabled else None
+
+
+def add_transposed(into: Tensor, g: Tensor, x: Tensor, *, overwrite: bool = False) -> None:
+    """into [m, k] += g^T x for g [n, m] and x [n, k], or = instead; all of one dtype.
+
+    The quicker library makes memory for a product, so it makes one in parts.
+    """
+    product = quick(into)
+    if product is None or g.shape[0] > LONGEST:
+        into.addmm_(g.T, x, beta=0 if overwrite else 1)
+        return
+    step = max(1, PART_BYTES // (into.shape[1] * into.itemsize))
+    for part, columns in zip(torch.split(into, step), torch.split(g, step, 1), strict=True):
+        made = product(columns.T, x.T)
+        if overwrite:
+            part.copy_(made)
+        else:
+            part += made
+        del made  # its place takes the next one
 
 
 @cache

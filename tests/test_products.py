@@ -9,7 +9,7 @@ from compact_fast import products
 from compact_fast.backends.torch_backend import TorchBackend
 from compact_fast.config import CompactConfig
 from compact_fast.loss import compact_loss
-from compact_fast.products import quick
+from compact_fast.products import add_transposed, quick
 from compact_fast.testing import random_batch
 
 
@@ -91,3 +91,38 @@ def test_the_loss_is_the_same_with_either(frozen, skip_below, bias, monkeypatch)
     monkeypatch.setattr(products, "_onednn", lambda: lambda x, w: x @ w.T)
     for a, b in zip(run(), want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_gradients_of_a_weight_are_added_up_or_written(parts, overwrite, elsewhere, monkeypatch):
+    torch.manual_seed(0)
+    into, g, x = torch.randn(50, 24), torch.randn(33, 50), torch.randn(33, 24)
+    monkeypatch.setattr(products, "PART_BYTES", 24 * 4 * -(-50 // parts))
+    expected = g.double().T @ x.double() + (0 if overwrite else into.double())
+    if overwrite:
+        into.fill_(torch.nan)  # memory as it came
+    add_transposed(into, g, x, overwrite=overwrite)
+    torch.testing.assert_close(into.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+def test_the_gradient_of_a_weight_is_as_exact_as_torchs():
+    torch.manual_seed(0)
+    g, x = torch.rand(768, 4096), torch.randn(768, 576)
+    found = torch.empty(4096, 576)
+    add_transposed(found, g, x, overwrite=True)
+    exact = g.double().T @ x.double()
+    error, usual = (found - exact).abs(), (g.T @ x - exact).abs()
+    floor = float(exact.abs().max()) * torch.finfo(torch.float32).eps
+    assert float(error.mean()) <= 2 * float(usual.mean()) + floor
+
+
+def test_long_sums_are_left_to_torch(elsewhere, monkeypatch):
+    def never(x, w):
+        raise AssertionError("a sum of too many terms")
+
+    monkeypatch.setattr(products, "_onednn", lambda: never)
+    g, x = torch.ones(products.LONGEST + 1, 2), torch.ones(products.LONGEST + 1, 3)
+    into = torch.zeros(2, 3)
+    add_transposed(into, g, x)
+    assert torch.equal(into, torch.full((2, 3), products.LONGEST + 1.0))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compact_fast.backends.head import Head
 from compact_fast.backends.protocol import Gradients, Needs
+from compact_fast.products import add_transposed
 
 
 @dataclass
@@ -58,7 +59,7 @@ class GradientSums:
         if self.hidden is not None:
             self.hidden.index_add_(0, at, head.back_to_rows([g]) * scale[:, None])
         if self.weight is not None:
-            self.weight.addmm_(g.T, x.to(head.dtype) * scale[:, None])
+            add_transposed(self.weight, g, x.to(head.dtype) * scale[:, None])
         if self.bias is not None:
             self.bias.addmv_(g.T, scale)
 

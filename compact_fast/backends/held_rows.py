@@ -10,13 +10,14 @@ share of the logits that are made again small: they cost one more product each.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from compact_fast.backends.gradients import GradientSums
 from compact_fast.backends.head import ALIGNED, BLOCK_BYTES, Head
+from compact_fast.products import add_transposed
 
 LINE = 64  # columns: places begin with a cache line
 
@@ -34,7 +35,7 @@ class HeldRows:
     blocks: Blocks
     places: list[Tensor | None]  # [n, b - a] of every block; None: made again
     scratch: Tensor  # [n, w] of the widest block that is made again
-    peaks: list[Tensor] = field(default_factory=list)  # [n] each; the peak of each block
+    peaks: Tensor  # [blocks, n]; the peak of each block
 
     @classmethod
     def arrange(
@@ -63,7 +64,8 @@ class HeldRows:
         places += [memory[n * (a - start) : n * (b - start)].view(n, b - a) for a, b in held]
         places += [None] * len(again)
         scratch = memory[n * (end - start) :].view(n, widest)
-        return cls([*blocks[:count], *held, *again], places, scratch)
+        blocks = [*blocks[:count], *held, *again]
+        return cls(blocks, places, scratch, scratch.new_empty(len(blocks), n))
 
     def room(self, i: int) -> Tensor:
         """Where the logits of block i are written."""
@@ -98,14 +100,16 @@ class HeldRows:
             if gradients is not None:
                 exps[replaced] = gradients[:, a:b]
             torch.mul(x, scale[:, None], out=scaled)
-            beta = 0 if grads.unwritten else 1
+            overwrite = grads.unwritten
             for first, end in runs:
                 rows = slice(first, end)
                 if grads.weight is not None:
-                    grads.weight[a:b].addmm_(exps[rows].T, scaled[rows], beta=beta)
+                    into = grads.weight[a:b]
+                    add_transposed(into, exps[rows], scaled[rows], overwrite=overwrite)
                 if grads.bias is not None:
                     grads.bias[a:b].addmv_(exps[rows].T, scale[rows])
-                beta = 1
+                overwrite = False
+            del exps, scale  # as in RowPass.measure
         grads.unwritten = False
 
 

@@ -41,6 +41,7 @@ class OnlineRows:
         self.peak = torch.full((n,), lowest, dtype=dtype, device=targets.device)
         self.rest = torch.zeros_like(self.peak)  # sum of exp(z - peak) without the target
         self.at_target = torch.full_like(self.peak, -torch.inf)
+        self._shrink = torch.empty_like(self.peak)
         self._left_out = 2 * lowest  # in the target's place: below any peak by enough for exp
         self._infinite = infinite
         self._pz = torch.zeros_like(self.peak) if full else None  # sum of exp(z-peak) (z-peak)
@@ -55,7 +56,9 @@ class OnlineRows:
         """Turn logits z [n, w] of vocabulary entries a to a + w into exp(z - peak), in place.
 
         The target's entry becomes 0. Returns exp(old peak - new peak) [n], the factor by which
-        whatever the caller keeps relative to the peak shrinks.
+        whatever the caller keeps relative to the peak shrinks; the next call overwrites it and the
+        peak. New memory for them would lie behind the block's and keep the heap from using that
+        again for the next block.
         """
         if self._native is not None and z.stride(1) == 1:
             return self._update_natively(self._native, z, a)
@@ -98,15 +101,14 @@ class OnlineRows:
         return shrink
 
     def _update_natively(self, softmax_rows: Callable[..., None], z: Tensor, a: int) -> Tensor:
-        """The same in two passes of the native module (csrc/row_softmax.h), in place but for the
-        peak, which callers keep."""
-        self.peak, shrink = self.peak.clone(), torch.empty_like(self.peak)
+        """The same in two passes of the native module (csrc/row_softmax.h), in place."""
         state = (
-            self.targets, self.peak, self.rest, self.at_target, self._pz, self._preceded, shrink
+            self.targets, self.peak, self.rest, self.at_target, self._pz, self._preceded,
+            self._shrink,
         )  # fmt: skip
         addresses = (0 if t is None else t.data_ptr() for t in state)
         softmax_rows(z.data_ptr(), z.stride(0), *z.shape, a, *addresses, torch.get_num_threads())
-        return shrink
+        return self._shrink
 
     def _room(self, part: Tensor) -> Tensor:
         """Memory in the shape of a part."""

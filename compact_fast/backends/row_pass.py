@@ -74,13 +74,14 @@ class RowPass:
                 kept[:, a:b] = z[at : at + kept.shape[0]]
             shrink = online.update(z, a)
             if held is not None:
-                held.peaks.append(online.peak)
+                held.peaks[i] = online.peak
                 if head.makes_memory and (into_place := held.places[i]) is not None:
                     into_place.copy_(z)
             if sparse is not None:
                 sparse.take(z[: sparse.at.numel()], a, online)
             if back:
                 head.add_back(into.mul_(shrink[:back, None]), z[:back], block)
+            del z  # where it is memory of its own, or the next block would need as much beside it
         soft = online.finish() if again else online.record(rows, self.stats)
         if back:
             assert out is not None
@@ -120,7 +121,7 @@ class RowPass:
         x, factor = self.take(rows), scale * soft.factor
         factor[replaced] = 1.0
         online = OnlineRows(targets, head.dtype, full=False, infinite=head.bias is not None)
-        online.peak = soft.peak
+        online.peak = soft.peak.clone()
 
         def again(i: int) -> Tensor:
             a, b = held.blocks[i]

@@ -125,7 +125,7 @@ class SparseRows:
             columns = self._large(part, most[rows])
             block.columns.append(columns + a)
             block.exps.append(part[:, columns])
-            block.peaks.append(peak[rows])
+            block.peaks.append(peak[rows].clone())
             self._missing[rows] += (part @ norms.index_fill(0, columns, 0.0)) * most[rows]
             member = self.member[rows] * most[rows, None]
             for sums, weight in ((self._weight, self._sizes[rows]), (self._bias, None)):

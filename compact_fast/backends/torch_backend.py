@@ -52,6 +52,8 @@ from compact_fast.scores import (
 CHUNK_BYTES = 48 << 20  # exponentials held at once; 256 rows of a 49,152-word vocabulary in float32
 HOLD_BYTES = 160 << 20  # the same for one question that does not fit a chunk
 AGAIN = 1 / 5  # share of the logits that a trained head may make again, to hold less
+AGAIN_QUICK = 1 / 2  # the same where products take half the time, and memory of their own
+WORTH_SAVING = 1 << 20  # bytes; for less nothing is made again
 ANSWER_BYTES = 24 << 20  # logits of answer spans, kept until their questions' weights are known
 WAITING_BYTES = 4 << 20  # their gradients, kept until there are enough of them for a product
 
@@ -163,8 +165,10 @@ class _Pass:
 
         if grads.head and self.left is None:
             sizes = [rows.numel() for _, rows in self._parts()]
-            least = least_spare(sizes, head, grads.unwritten, AGAIN)
-            self.spare = min(least, self.backend.hold_bytes // head.dtype.itemsize)
+            again = AGAIN_QUICK if head.makes_memory else AGAIN
+            least = least_spare(sizes, head, grads.unwritten, again)
+            spare = max(least * head.dtype.itemsize, WORTH_SAVING)
+            self.spare = min(spare, self.backend.hold_bytes) // head.dtype.itemsize
 
         scored = []
         for part in self._parts():

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from compact_fast.lean.kept import gradient_room, keep
 from compact_fast.lean.sources import source_of
-from compact_fast.products import quick
+from compact_fast.products import add_transposed, quick
 
 _LEAST_NUMBERS = 1 << 16  # of the weight: below, a step of Python costs more than it saves
 
@@ -78,7 +78,8 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             x = kept[0] if ctx.make is None else ctx.make(*kept)
             x = x.reshape(-1, w.shape[1])
-            g_w = torch.mm(g.T, x, out=gradient_room(w))
+            g_w = gradient_room(w)
+            add_transposed(g_w, g, x, overwrite=True)
         if ctx.needs_input_grad[2]:
             g_bias = g.sum(0)
         if ctx.needs_input_grad[0]:

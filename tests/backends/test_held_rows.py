@@ -17,14 +17,19 @@ def sums(vocab: int, width: int) -> GradientSums:
     return GradientSums(None, torch.full((vocab, width), torch.nan), None, unwritten=True)
 
 
+@pytest.mark.parametrize("product", [None, torch.nn.functional.linear], ids=["into", "own"])
 @settings(max_examples=200, deadline=None)
 @given(
     n=st.integers(1, 60), vocab=st.integers(1, 300), width=st.integers(1, 40),
     block=st.integers(1, 80), cut=st.integers(0, 60), most=st.integers(0, 20_000),
     aligned=st.integers(1, 90),
 )  # fmt: skip
-def test_gradient_is_the_product_whatever_lies_where(n, vocab, width, block, cut, most, aligned):
+def test_gradient_is_the_product_whatever_lies_where(
+    product, n, vocab, width, block, cut, most, aligned
+):
+    """product: None where logits are written into given memory, else they have their own."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compact_fast.backends.head.quick", lambda like: product)
         blocks = [(a, min(a + block, vocab)) for a in range(0, vocab, block)]
         patch.setattr(Head, "blocks", lambda self, rows: blocks)
         patch.setattr(held_rows, "LINE", aligned)
@@ -44,15 +49,17 @@ def test_gradient_is_the_product_whatever_lies_where(n, vocab, width, block, cut
         outside = n * (vocab - (blocks[inside - 1][1] if inside else 0))
         blocks = held.blocks  # those that are made again have been cut anew
         for i, (a, b) in enumerate(blocks):
-            held.room(i).copy_(exps[:, a:b])
-            held.peaks.append(torch.zeros(n))
+            if held.places[i] is not None or not head.makes_memory:
+                held.room(i).copy_(exps[:, a:b])
+            held.peaks[i] = 0
         for (a, b), place in zip(blocks, held.places, strict=True):
             # no two blocks share memory, and none with what others are made again in
             assert place is None or torch.equal(place, exps[:, a:b])
 
         def again(i: int) -> torch.Tensor:
             a, b = blocks[i]
-            return held.room(i).copy_(exps[:, a:b])
+            made = exps[:, a:b].clone()
+            return made if head.makes_memory else held.room(i).copy_(made)
 
         first = min(cut, n)
         runs = [(a, b) for a, b in ((0, first), (first, n)) if a < b]
