@@ -81,13 +81,15 @@ def times(
 def arguments(given: list[str]) -> argparse.Namespace:
     """The command line; without time or memory both are meant."""
     parser = argparse.ArgumentParser(description=__doc__)
-    # Python 3.11 holds a list given as the default against the choices.
-    parser.add_argument("what", nargs="*", choices=("time", "memory"))
+    # no `choices`: before 3.12, Python takes "none given" for a wrong one
+    parser.add_argument("what", nargs="*", metavar="time | memory", help="both by default")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--large", action="store_true", help="V=151,936, D=896, T=2,048")
     parser.add_argument("--processor-time", action="store_true", help="of one thread")
     chosen = parser.parse_args(given)
     chosen.what = chosen.what or ["time", "memory"]
+    if unknown := set(chosen.what) - {"time", "memory"}:
+        parser.error(f"neither time nor memory: {', '.join(sorted(unknown))}")
     return chosen
 
 

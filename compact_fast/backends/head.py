@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compact_fast.products import quick
+from compact_fast.products import LONGEST, quick
 from compact_fast.scores import statistics_dtype
 
 BLOCK_BYTES = 4 << 20  # logits of a block of the vocabulary, to stay in cache
@@ -36,6 +36,8 @@ class Head:
             self._widest = widest // ALIGNED * ALIGNED or max(1, widest)
         self._buffer = weight.new_empty((0, self.vocab), dtype=self.dtype)
         self._quick = quick(self._buffer)
+        if self._quick is not None:
+            self._widest = min(self._widest, LONGEST)  # what products back to rows sum over
 
     @property
     def makes_memory(self) -> bool:
