@@ -18,6 +18,9 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 PART_BYTES = 2 << 20  # of a product that is added to what is there
+# oneDNN compiles a product for every number of rows, 0.3 to 0.7 MB each, and keeps a thousand: rows
+# come in so many, the last ones made up, so that questions of any length share a few dozen
+ROWS = 32
 LONGEST = 4096  # terms of a sum: oneDNN adds them in a row and rounds more, where MKL parts them
 
 Linear = Callable[[Tensor, Tensor], Tensor]
@@ -42,7 +45,14 @@ def add_transposed(into: Tensor, g: Tensor, x: Tensor, *, overwrite: bool = Fals
     if product is None or g.shape[0] > LONGEST:
         into.addmm_(g.T, x, beta=0 if overwrite else 1)
         return
-    step = max(1, PART_BYTES // (into.shape[1] * into.itemsize))
+    step = max(1, PART_BYTES // (ROWS * into.shape[1] * into.itemsize)) * ROWS
+    whole = g.shape[0] // ROWS * ROWS
+    if whole < g.shape[0]:
+        into.addmm_(g[whole:].T, x[whole:], beta=0 if overwrite else 1)
+        overwrite = False
+        if not whole:
+            return
+    g, x = g[:whole], x[:whole]
     for part, columns in zip(torch.split(into, step), torch.split(g, step, 1), strict=True):
         made = product(columns.T, x.T)
         if overwrite:
@@ -71,8 +81,12 @@ def _onednn() -> Linear | None:
     def product(x: Tensor, w: Tensor) -> Tensor:
         if w.shape[1] > LONGEST:
             return x @ w.T
-        result: Tensor = op(x, w, None, "none", [], "")
-        return result
+        rows = x.reshape(-1, x.shape[-1])
+        missing = -rows.shape[0] % ROWS
+        if missing:
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
+        result: Tensor = op(rows, w, None, "none", [], "")
+        return result[: result.shape[0] - missing].view(*x.shape[:-1], w.shape[0])
 
     return product
 

@@ -95,10 +95,11 @@ def test_the_loss_is_the_same_with_either(frozen, skip_below, bias, monkeypatch)
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("parts", [1, 3])
-def test_gradients_of_a_weight_are_added_up_or_written(parts, overwrite, elsewhere, monkeypatch):
+@pytest.mark.parametrize("n", [5, 64, 77])
+def test_gradients_of_a_weight_are_added_up_or_written(n, parts, overwrite, elsewhere, monkeypatch):
     torch.manual_seed(0)
-    into, g, x = torch.randn(50, 24), torch.randn(33, 50), torch.randn(33, 24)
-    monkeypatch.setattr(products, "PART_BYTES", 24 * 4 * -(-50 // parts))
+    into, g, x = torch.randn(90, 24), torch.randn(n, 90), torch.randn(n, 24)
+    monkeypatch.setattr(products, "PART_BYTES", 24 * 4 * -(-90 // parts))
     expected = g.double().T @ x.double() + (0 if overwrite else into.double())
     if overwrite:
         into.fill_(torch.nan)  # memory as it came
@@ -126,3 +127,28 @@ def test_long_sums_are_left_to_torch(elsewhere, monkeypatch):
     into = torch.zeros(2, 3)
     add_transposed(into, g, x)
     assert torch.equal(into, torch.full((2, 3), products.LONGEST + 1.0))
+
+
+def test_lengths_share_products(monkeypatch):
+    """The library keeps something for every number of rows it meets: it meets few."""
+    met = set()
+
+    class Op:
+        @staticmethod
+        def default(x, w, *_):
+            met.add(x.shape[0])
+            return x @ w.T
+
+    monkeypatch.setattr(products, "_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", Op)
+    product = products._onednn.__wrapped__()
+    assert product is not None
+    met.clear()  # of its trial
+    torch.manual_seed(0)
+    x, w = torch.randn(2, 100, 8), torch.randn(5, 8)
+    for n in range(1, 101):
+        found = product(x[:, :n], w)
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, x[:, :n] @ w.T, rtol=1e-5, atol=1e-6)
+    assert met <= set(range(0, 225, products.ROWS))
