@@ -41,17 +41,15 @@ def add_transposed(into: Tensor, g: Tensor, x: Tensor, *, overwrite: bool = Fals
 
     The quicker library makes memory for a product, so it makes one in parts.
     """
-    product = quick(into)
-    if product is None or g.shape[0] > LONGEST:
-        into.addmm_(g.T, x, beta=0 if overwrite else 1)
-        return
-    step = max(1, PART_BYTES // (ROWS * into.shape[1] * into.itemsize)) * ROWS
-    whole = g.shape[0] // ROWS * ROWS
-    if whole < g.shape[0]:
+    product, n, whole = quick(into), g.shape[0], 0
+    if product is not None and n <= LONGEST:
+        whole = n // ROWS * ROWS
+    if whole < n or not whole:  # the last rows, or all
         into.addmm_(g[whole:].T, x[whole:], beta=0 if overwrite else 1)
         overwrite = False
-        if not whole:
-            return
+    if product is None or not whole:
+        return
+    step = max(1, PART_BYTES // (ROWS * into.shape[1] * into.itemsize)) * ROWS
     g, x = g[:whole], x[:whole]
     for part, columns in zip(torch.split(into, step), torch.split(g, step, 1), strict=True):
         made = product(columns.T, x.T)

@@ -95,7 +95,7 @@ def test_the_loss_is_the_same_with_either(frozen, skip_below, bias, monkeypatch)
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("n", [5, 64, 77])
+@pytest.mark.parametrize("n", [0, 5, 64, 77])
 def test_gradients_of_a_weight_are_added_up_or_written(n, parts, overwrite, elsewhere, monkeypatch):
     torch.manual_seed(0)
     into, g, x = torch.randn(90, 24), torch.randn(n, 90), torch.randn(n, 24)

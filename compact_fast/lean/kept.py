@@ -75,25 +75,21 @@ class Chunks(threading.local):
         if found is not None:
             return found
         wanted = max(usual, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
-        self._let_go(free, wanted)
+        self.let_go(wanted)
         new = Chunk(wanted)
         self.all.append(new)
         self._addresses.add(new.address)
         return new
 
-    def _let_go(self, free: list[Chunk], wanted: int) -> None:
-        """Return free chunks to the system, the largest first, `wanted` bytes if there are."""
+    def let_go(self, wanted: int) -> int:
+        """Return chunks in which nothing lies to the system, the largest first, `wanted` bytes if
+        there are; how many of them were ever in use."""
+        free, before = sorted((c for c in self.all if c.empty), key=len), self.reach
         while free and wanted > 0:
             chunk = free.pop()
             self.all.remove(chunk)
             self._addresses.remove(chunk.address)
             wanted -= len(chunk)
-
-    def let_go(self, wanted: int) -> int:
-        """Return chunks in which nothing lies to the system, the largest first; bytes that were in
-        use once."""
-        before = self.reach
-        self._let_go(sorted((c for c in self.all if c.empty), key=len), wanted)
         return before - self.reach
 
     def give_back(self) -> None:
