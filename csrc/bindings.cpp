@@ -11,6 +11,7 @@
 
 #include "consensus.h"
 #include "dropout.h"
+#include "pairs.h"
 #include "parallel.h"
 #include "row_softmax.h"
 #include "simd.h"
@@ -20,7 +21,7 @@ using namespace compact;
 
 namespace {
 
-constexpr int kAbi = 4;
+constexpr int kAbi = 5;
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
@@ -337,22 +338,47 @@ py::tuple score_graphs(const py::dict& graphs, const py::object& embedding,
   return s.out();
 }
 
-#if COMPACT_ROW_SOFTMAX
+#if COMPACT_VECTORS
 // Addresses of torch's memory; 0 for null.
 void softmax_rows(std::uintptr_t z, std::ptrdiff_t stride, std::int64_t n, std::int64_t width,
                   std::int64_t first, std::uintptr_t target, std::uintptr_t peak,
                   std::uintptr_t rest, std::uintptr_t at_target, std::uintptr_t weighted,
-                  std::uintptr_t preceded, std::uintptr_t shrink, int threads) {
+                  std::uintptr_t preceded, std::uintptr_t shrink, std::int64_t raw_begin,
+                  std::int64_t raw_end, int threads) {
   auto floats = [](std::uintptr_t address) { return reinterpret_cast<float*>(address); };
   const RunningRows rows{reinterpret_cast<const std::int64_t*>(target), floats(peak), floats(rest),
                          floats(at_target), floats(weighted),
-                         reinterpret_cast<std::uint8_t*>(preceded)};
+                         reinterpret_cast<std::uint8_t*>(preceded), raw_begin, raw_end};
   py::gil_scoped_release release;
   update_rows(floats(z), stride, n, width, first, rows, floats(shrink), threads);
 }
-#endif
 
-#if COMPACT_DROPOUT
+RowSets row_sets(std::uintptr_t z, std::ptrdiff_t stride, std::int64_t width, std::int64_t count,
+                 std::uintptr_t cu, std::uintptr_t members, std::uintptr_t logsumexp) {
+  return {reinterpret_cast<float*>(z), stride, width, count,
+          reinterpret_cast<const std::int64_t*>(cu),
+          reinterpret_cast<const std::int64_t*>(members),
+          reinterpret_cast<const double*>(logsumexp)};
+}
+
+void pair_divergences(std::uintptr_t z, std::ptrdiff_t stride, std::int64_t width,
+                      std::int64_t count, std::uintptr_t cu, std::uintptr_t members,
+                      std::uintptr_t logsumexp, std::uintptr_t kl, int threads) {
+  py::gil_scoped_release release;
+  add_divergences(row_sets(z, stride, width, count, cu, members, logsumexp),
+                  reinterpret_cast<double*>(kl), threads);
+}
+
+void pair_gradients(std::uintptr_t z, std::ptrdiff_t stride, std::int64_t width,
+                    std::int64_t count, std::uintptr_t cu, std::uintptr_t members,
+                    std::uintptr_t logsumexp, std::uintptr_t constant, std::uintptr_t c,
+                    int threads) {
+  py::gil_scoped_release release;
+  divergence_gradients(row_sets(z, stride, width, count, cu, members, logsumexp),
+                       reinterpret_cast<const float*>(constant), reinterpret_cast<const float*>(c),
+                       threads);
+}
+
 void dropout_draw(std::uintptr_t state, std::uint32_t most, std::uintptr_t bits, std::int64_t n) {
   py::gil_scoped_release release;
   draw_bits(reinterpret_cast<const std::uint64_t*>(state), most,
@@ -380,10 +406,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("assignment", &assignment);
   m.def("score_texts", &score_texts);
   m.def("score_graphs", &score_graphs);
-#if COMPACT_ROW_SOFTMAX
+#if COMPACT_VECTORS
   m.def("softmax_rows", &softmax_rows);
-#endif
-#if COMPACT_DROPOUT
+  m.attr("most_compared") = kMostCompared;
+  m.def("pair_divergences", &pair_divergences);
+  m.def("pair_gradients", &pair_gradients);
   m.def("dropout_draw", &dropout_draw);
   m.def("dropout_apply", &dropout_apply);
 #endif

@@ -1,12 +1,13 @@
 #include "dropout.h"
 
-#if COMPACT_DROPOUT
+#include "simd.h"
+
+#if COMPACT_VECTORS
 
 #include <algorithm>
 #include <cstring>
 
 #include "host_threads.h"
-#include "simd.h"
 
 namespace compact {
 

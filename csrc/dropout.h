@@ -3,12 +3,6 @@
 
 #include <cstdint>
 
-#if defined(__GNUC__) || defined(__clang__)
-#define COMPACT_DROPOUT 1
-#else
-#define COMPACT_DROPOUT 0
-#endif
-
 namespace compact {
 
 // bits [ceil(n / 8)], entry i in bit i % 8 of byte i / 8: 1 where 16 random bits are below `most`

@@ -1,6 +1,8 @@
 #include "row_softmax.h"
 
-#if COMPACT_ROW_SOFTMAX
+#include "simd.h"
+
+#if COMPACT_VECTORS
 
 #include <algorithm>
 #include <cmath>
@@ -8,57 +10,11 @@
 #include <limits>
 
 #include "host_threads.h"
-#include "simd.h"
+#include "lanes.h"
 
 namespace compact {
 
 namespace {
-
-#define COMPACT_INLINE inline __attribute__((always_inline))
-
-// 16 lanes on every machine, so that sums are taken in one order on all of them.
-typedef float Lanes __attribute__((vector_size(64)));
-typedef std::int32_t Bits __attribute__((vector_size(64)));
-constexpr std::int64_t kLanes = 16;
-
-COMPACT_INLINE Lanes load(const float* p) {
-  Lanes v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-COMPACT_INLINE void store(float* p, Lanes v) { std::memcpy(p, &v, sizeof v); }
-
-COMPACT_INLINE Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
-
-constexpr float kLowest = -87.0f;  // below, exp is not a normal number: 0
-
-// exp of x <= 0, to 1 ulp: 2^n times a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2] (the one of
-// the Cephes library's expf). NaN stays NaN.
-COMPACT_INLINE Lanes exp_of(Lanes x) {
-  const Lanes shifted = x * 1.44269504088896341f + 12582912.0f;  // n in the lowest bits
-  const Lanes n = shifted - 12582912.0f;
-  Lanes r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  Bits bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 127) << 23;
-  Lanes scale;
-  std::memcpy(&scale, &bits, sizeof scale);
-  return p * scale;
-}
-
-COMPACT_INLINE float sum(Lanes v) {
-  for (std::int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (std::int64_t k = 0; k < half; ++k) v[k] += v[k + half];
-  return v[0];
-}
 
 COMPACT_INLINE float largest(const float* row, std::int64_t width) {
   constexpr float lowest = -std::numeric_limits<float>::infinity();
@@ -88,21 +44,22 @@ COMPACT_INLINE Lanes exponentials(Lanes z, float top, Lanes& plain, Lanes& weigh
   return e;
 }
 
-template <bool kWeighted>
+template <bool kWeighted, bool kStore>
 COMPACT_INLINE void take_row(float* row, std::int64_t width, float top, float& total, float& more) {
   Sums s;
   std::int64_t j = 0;
   for (; j + 4 * kLanes <= width; j += 4 * kLanes)
     for (int k = 0; k < 4; ++k) {
       float* at = row + j + k * kLanes;
-      store(at, exponentials<kWeighted>(load(at), top, s.plain[k], s.weighted[k]));
+      const Lanes e = exponentials<kWeighted>(load(at), top, s.plain[k], s.weighted[k]);
+      if (kStore) store(at, e);
     }
   for (; j < width; j += kLanes) {  // the rest, filled up with what becomes 0
     const std::int64_t count = std::min(kLanes, width - j);
     Lanes v = Lanes{} - std::numeric_limits<float>::infinity();
     std::memcpy(&v, row + j, static_cast<std::size_t>(count) * sizeof(float));
     v = exponentials<kWeighted>(v, top, s.plain[0], s.weighted[0]);
-    std::memcpy(row + j, &v, static_cast<std::size_t>(count) * sizeof(float));
+    if (kStore) std::memcpy(row + j, &v, static_cast<std::size_t>(count) * sizeof(float));
   }
   total = sum((s.plain[0] + s.plain[1]) + (s.plain[2] + s.plain[3]));
   more = kWeighted ? sum((s.weighted[0] + s.weighted[1]) + (s.weighted[2] + s.weighted[3])) : 0.0f;
@@ -138,12 +95,16 @@ COMPACT_INLINE void update(const Work& w, std::int64_t begin, std::int64_t end) 
     top = top > old ? top : old;
     const float by = std::exp(old - top);
     float total, more;
+    const bool raw = i >= rows.raw_begin && i < rows.raw_end;
     if (rows.weighted) {
-      take_row<true>(row, w.width, top, total, more);
+      raw ? take_row<true, false>(row, w.width, top, total, more)
+          : take_row<true, true>(row, w.width, top, total, more);
       rows.weighted[i] = by * (rows.weighted[i] + (old - top) * rows.rest[i]) + more;
     } else {
-      take_row<false>(row, w.width, top, total, more);
+      raw ? take_row<false, false>(row, w.width, top, total, more)
+          : take_row<false, true>(row, w.width, top, total, more);
     }
+    if (raw && here) row[at] = value;
     rows.rest[i] = rows.rest[i] * by + total;
     rows.peak[i] = top;
     w.shrink[i] = by;

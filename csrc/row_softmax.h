@@ -5,12 +5,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#if defined(__GNUC__) || defined(__clang__)
-#define COMPACT_ROW_SOFTMAX 1
-#else
-#define COMPACT_ROW_SOFTMAX 0
-#endif
-
 namespace compact {
 
 // Running statistics of n rows; see OnlineRows for their meaning.
@@ -21,10 +15,11 @@ struct RunningRows {
   float* at_target;            // [n]
   float* weighted;             // [n] sum of exp(z - peak) (z - peak), or null
   std::uint8_t* preceded;      // [n] an entry before the target is as large; null with `weighted`
+  std::int64_t raw_begin = 0, raw_end = 0;  // rows that keep their logits
 };
 
 // Turns the logits z [n, width] of entries first .. first + width into exp(z - peak), the target's
-// into 0. shrink [n]: exp(old peak - new peak). The same bits for every thread count and instruction
+// into 0, except those of raw rows. shrink [n]: exp(old peak - new peak). The same bits for every thread count and instruction
 // set.
 void update_rows(float* z, std::ptrdiff_t stride, std::int64_t n, std::int64_t width,
                  std::int64_t first, const RunningRows& rows, float* shrink, int threads);

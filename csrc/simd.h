@@ -13,9 +13,11 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define COMPACT_POPCOUNT(x) __builtin_popcountll(x)
+#define COMPACT_VECTORS 1  // vector types: the work of a training step is there
 #else
 #include <bitset>
 #define COMPACT_POPCOUNT(x) std::bitset<64>(x).count()
+#define COMPACT_VECTORS 0
 #endif
 
 namespace compact {

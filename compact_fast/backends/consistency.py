@@ -1,32 +1,27 @@
 """The consistency term on a few rows a question, with its gradient.
 
-For the aligned tokens r of teachers i, j with log-probabilities a_i = log p_i:
+D_ij is the mean divergence of teachers i and j over the r tokens of their stretches that are
+aligned, so c_ij = alpha_i alpha_j / n_ij in the sets of rows that `pairs.py` compares.
 
-    D_ij        = mean_r sum_v (p_i - p_j)(a_i - a_j)
-    dD_ij/dz_i  = [p_i (a_i - a_j - KL(p_i || p_j)) + p_i - p_j] / n_ij
-
-so with coefficients c_ij, all pairs of a question come from three products with the K x K matrix.
-
-Answer spans are a few rows of the pass over the logits: `AnswerRows` keeps those logits as they
-are made and turns them into the rows' gradients, of the likelihood and of this term together.
-consistency="all" compares whole sequences: `add_consistency` makes their logits again, some
-aligned tokens at a time.
+Answer spans are a few rows of the pass over the logits: `AnswerRows` has those logits, where the
+pass has kept them, and turns them into the rows' gradients, of the likelihood and of this term
+together. consistency="all" compares whole sequences: `add_consistency` makes their logits again,
+some aligned tokens at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from compact_fast.backends.head import Head
+from compact_fast.backends.pairs import STEP_BYTES, Aligned, Comparison
 from compact_fast.config import CompactConfig
 from compact_fast.layout import TokenLayout
 from compact_fast.reference import consistency_spans
-
-STEP_BYTES = 1 << 20  # logits compared at a time
 
 # (rows [n], hidden of the rows [n, D], gradient of their logits [n, V], scale [n])
 AddGradient = Callable[[Head, Tensor, Tensor, Tensor, Tensor], None]
@@ -75,7 +70,7 @@ class AnswerRows:
     spans: Spans
     live: Sequence[bool]  # [S]
     at: Tensor  # [A]; rising packed positions
-    logits: Tensor  # [A, V]
+    logits: list[Tensor] = field(default_factory=list)  # [A, w] of every block of the vocabulary
 
     @classmethod
     def of(
@@ -88,7 +83,7 @@ class AnswerRows:
         limit: int,
     ) -> AnswerRows | None:
         """None where there is nothing to compare, or more than `limit` bytes of it, or a span
-        that lies outside of `rows`, the rising positions with a label."""
+        that lies outside of `rows`, the rising positions with a label. Without memory as yet."""
         if spans is None:
             return None
         wanted = [p for q in questions for p in spans.positions(q, live)]
@@ -97,8 +92,7 @@ class AnswerRows:
         at = torch.tensor(sorted(wanted), device=rows.device)
         if not bool(torch.isin(at, rows).all()):
             return None
-        logits = head.weight.new_empty((at.numel(), head.vocab), dtype=head.dtype)
-        return cls(spans, live, at, logits)
+        return cls(spans, live, at)
 
     def compare(
         self,
@@ -106,6 +100,7 @@ class AnswerRows:
         alpha: Sequence[float],
         config: CompactConfig,
         out: Tensor,  # [Q]
+        logsumexp: Tensor,  # [A] float64
         scale: Tensor | None,  # [A]
         targets: Tensor,  # [A]
         pull: float,
@@ -116,37 +111,33 @@ class AnswerRows:
         gradient of its question's value. Returns the questions that were left out because a
         teacher that was not live has a weight after all.
         """
-        done = torch.zeros_like(self.at, dtype=torch.bool)
-        left_over = []
+        left_over, compared, aligned = [], [], []
         for q in questions:
             if not all(self.live[s] for s in self.spans.members(q, alpha)):
                 left_over.append(q)
-                continue
-            found = _aligned(self.spans, q, alpha, config.pair_floor, self.logits)
-            if found is None:
-                continue
-            at, inside, pairs = found
-            places = torch.searchsorted(self.at, at)
-            step = max(1, STEP_BYTES // (at.shape[1] * self._row_bytes))
-            for r in range(0, at.shape[0], step):
-                block = slice(r, r + step)
-                value, p, gradient = _block(self.logits[places[block]], pairs[block])
-                out[q] += value
-                if scale is not None:
-                    p.mul_(scale[places[block]][:, :, None]).add_(gradient, alpha=pull)
-                    there = inside[block]
-                    self.logits[places[block][there]] = p[there]
-            done[places[inside]] = True
+            elif (found := _aligned(self.spans, q, alpha, config.pair_floor, out)) is not None:
+                compared.append(q)
+                rows = torch.searchsorted(self.at, found.rows)
+                aligned.append(Aligned(rows, found.inside, found.coefficients))
+        comparison = Comparison(aligned, logsumexp)
+        if compared:
+            for z in self.logits:
+                comparison.add(z)
+            out[compared] = comparison.values().to(out.dtype)
         if scale is not None:
-            step = max(1, STEP_BYTES // self._row_bytes)
-            for rows in torch.split((~done).nonzero().squeeze(1), step):
-                self.logits[rows] = self.logits[rows].softmax(-1).mul_(scale[rows][:, None])
-            self.logits[torch.arange(len(targets), device=targets.device), targets] -= scale
+            comparison.differentiate(self.logits, scale, pull)
+            self._subtract(targets, scale)
         return left_over
 
-    @property
-    def _row_bytes(self) -> int:
-        return self.logits.shape[1] * self.logits.itemsize
+    def _subtract(self, targets: Tensor, amount: Tensor) -> None:
+        """amount [A] from the targets' entries of the logits."""
+        widths = torch.tensor([z.shape[1] for z in self.logits], device=targets.device)
+        ends = widths.cumsum(0)
+        block = torch.searchsorted(ends, targets, right=True)
+        column = targets - (ends - widths)[block]
+        for i in sorted(set(block.tolist())):
+            here = (block == i).nonzero().squeeze(1)
+            self.logits[i][here, column[here]] -= amount[here]
 
 
 def add_consistency(
@@ -166,36 +157,17 @@ def add_consistency(
         found = _aligned(spans, q, alpha, config.pair_floor, out)
         if found is None:
             continue
-        aligned, within, pairs = found
-        step = max(1, head.max_rows // aligned.shape[1])
-        for r in range(0, aligned.shape[0], step):
+        step = max(1, head.max_rows // found.rows.shape[1])
+        for r in range(0, found.rows.shape[0], step):
             block = slice(r, r + step)
-            at, inside = aligned[block], within[block]
-            logits = head.logits(hidden[at.reshape(-1)]).view(*at.shape, head.vocab)
-            value, _, gradient = _block(logits, pairs[block])
-            out[q] += value
-            if add_gradient is None:
-                continue
-            rows = at[inside]
-            scale = gradient.new_full(rows.shape, pull)
-            add_gradient(head, rows, hidden[rows], gradient[inside], scale)
-
-
-def _aligned(
-    spans: Spans, q: int, alpha: Sequence[float], floor: float, like: Tensor
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Positions [R, K], whether they lie inside their stretch [R, K], coefficients [R, K, K].
-
-    None if no pair of question q has anything aligned and weight enough.
-    """
-    members = spans.members(q, alpha)
-    lengths = torch.tensor([spans.lengths[s] for s in members], device=like.device)
-    found = _alignment(like.new_tensor([alpha[s] for s in members]), lengths, floor)
-    if found is None:
-        return None
-    index, inside, coefficients = found
-    first = torch.tensor([spans.starts[s] for s in members], device=like.device)
-    return torch.where(inside, first + index, first), inside, coefficients
+            at, inside = found.rows[block], found.inside[block]
+            z = head.logits(hidden[at.reshape(-1)])
+            wanted = None if add_gradient is None else pull
+            out[q] += _compare(z, inside, found.coefficients[block], wanted)
+            if add_gradient is not None:
+                rows = at[inside]
+                gradient = z[inside.reshape(-1)]
+                add_gradient(head, rows, hidden[rows], gradient, gradient.new_ones(rows.shape))
 
 
 def compare_stretches(
@@ -211,14 +183,52 @@ def compare_stretches(
     index, inside, coefficients = found
     at = torch.where(inside, index, 0)
     together = torch.stack([z[at[:, k]] for k, z in enumerate(logits)], 1)
-    value, _, gradient = _block(together, coefficients)
+    value = _compare(together.flatten(0, 1), inside, coefficients, 1.0)
     pulls = {}
     for k, z in enumerate(logits):
         if bool((coefficients[:, k] > 0).any()):
             pulls[k] = torch.zeros_like(z)
             n = min(z.shape[0], len(inside))
-            pulls[k][:n] = gradient[:n, k]
+            pulls[k][:n] = together[:n, k]
     return value, pulls
+
+
+def _compare(
+    z: Tensor,  # [R * K, V]
+    inside: Tensor,  # [R, K]
+    coefficients: Tensor,  # [R, K, K]
+    pull: float | None,
+) -> Tensor:
+    """The value, of logits that lie as R sets of K. With `pull` they become so many times its
+    gradient."""
+    step = max(1, STEP_BYTES // (z.shape[1] * z.itemsize))
+    logsumexp = []
+    for part in torch.split(z, step):  # float64: float32 rounds it more than a logit's distance
+        top = part.amax(-1, keepdim=True)
+        total = (part - top).exp_().sum(-1, dtype=torch.float64)
+        logsumexp.append(top.squeeze(1).double() + total.log())
+    rows = torch.arange(z.shape[0], device=z.device).view_as(inside)
+    comparison = Comparison([Aligned(rows, inside, coefficients)], torch.cat(logsumexp))
+    comparison.add(z)
+    value = comparison.values().squeeze(0)
+    if pull is not None:
+        comparison.differentiate([z], z.new_zeros(z.shape[0]), pull)
+    return value.to(z.dtype)
+
+
+def _aligned(
+    spans: Spans, q: int, alpha: Sequence[float], floor: float, like: Tensor
+) -> Aligned | None:
+    """Packed positions of question q's sets; None if no pair has anything aligned and weight
+    enough."""
+    members = spans.members(q, alpha)
+    lengths = torch.tensor([spans.lengths[s] for s in members], device=like.device)
+    found = _alignment(like.new_tensor([alpha[s] for s in members]), lengths, floor)
+    if found is None:
+        return None
+    index, inside, coefficients = found
+    first = torch.tensor([spans.starts[s] for s in members], device=like.device)
+    return Aligned(torch.where(inside, first + index, first), inside, coefficients)
 
 
 def _alignment(
@@ -245,24 +255,3 @@ def _pair_coefficients(alpha: Tensor, lengths: Tensor, floor: float) -> Tensor:
     aligned = torch.minimum(lengths[:, None], lengths[None, :])
     product = torch.where(product >= floor, product, 0.0).fill_diagonal_(0.0)
     return product / aligned.clamp(min=1)
-
-
-def _block(logits: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [R, K, V], symmetric c [R, K, K] -> (sum_{i<j} c_ij D_ij, softmax, the sum's
-    gradient [R, K, V]). The logits are overwritten: three of their size are held, no more."""
-    a = logits.sub_(logits.amax(-1, keepdim=True))
-    p = a.exp()
-    sums = p.sum(-1, keepdim=True)
-    p /= sums
-    a -= sums.log()
-    # only differences of a matter: without their mean, products stay of the differences' size
-    a -= a.mean(1, keepdim=True)
-    cross = p @ a.transpose(1, 2)  # [R, K, K]: <p_i, a_j>
-    own = cross.diagonal(dim1=1, dim2=2)
-    kl = own[:, :, None] - cross  # KL(p_i || p_j)
-    value = (c * kl).sum()  # every unordered pair twice, once for each direction
-    total = c.sum(-1, keepdim=True)  # [R, K, 1]
-    # total x a - c a is one product with total - c
-    bracket = (torch.diag_embed(total.squeeze(-1)) - c) @ a
-    bracket += total - (c * kl).sum(-1, keepdim=True)
-    return value, p, bracket.mul_(p).baddbmm_(c, p, alpha=-1)

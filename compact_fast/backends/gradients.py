@@ -11,6 +11,8 @@ from compact_fast.backends.head import Head
 from compact_fast.backends.protocol import Gradients, Needs
 from compact_fast.products import add_transposed
 
+FEW = 256  # rows copied at a time
+
 
 @dataclass
 class GradientSums:
@@ -78,23 +80,27 @@ class GradientSums:
     def subtract_targets(
         self,
         head: Head,
-        at: Tensor,
-        x: Tensor,
-        targets: Tensor,
-        amount: Tensor,
+        at: Tensor,  # [n]
+        x: Tensor,  # [n, D]
+        targets: Tensor,  # [n]
+        amount: Tensor,  # [n]
+        live: Tensor,  # [n] bool
         hidden: bool = True,
     ) -> None:
-        """The target's share of rows `at`: its logit gradient is -amount [n].
+        """The target's share of packed positions `at`, where `live`: its logit gradient is -amount.
 
         hidden: of the hidden states' gradient too.
         """
         self.settle()
-        if hidden and self.hidden is not None:
-            self.hidden.index_add_(0, at, head.weight[targets].to(head.dtype) * -amount[:, None])
-        if self.weight is not None:
-            self.weight.index_add_(0, targets, x * -amount[:, None])
-        if self.bias is not None:
-            self.bias.index_add_(0, targets, -amount)
+        for some in torch.split(live.nonzero().squeeze(1), FEW):
+            own, less = targets[some], -amount[some]
+            if hidden and self.hidden is not None:
+                share = head.weight[own].to(head.dtype) * less[:, None]
+                self.hidden.index_add_(0, at[some], share)
+            if self.weight is not None:
+                self.weight.index_add_(0, own, x[some].mul_(less[:, None]))
+            if self.bias is not None:
+                self.bias.index_add_(0, own, less)
 
     def finish(
         self, normalizer: float, hidden: Tensor, weight: Tensor, bias: Tensor | None

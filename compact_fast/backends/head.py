@@ -44,10 +44,14 @@ class Head:
         """Whether products come in memory of their own, whatever they are asked to write to."""
         return self._quick is not None
 
+    def block_width(self, rows: int) -> int:
+        """Of a block of the vocabulary, for so many rows."""
+        width = max(LEAST_WIDTH, BLOCK_BYTES // (max(1, rows) * self.dtype.itemsize))
+        return min(width // ALIGNED * ALIGNED or width, self._widest)
+
     def blocks(self, rows: int) -> list[tuple[int, int]]:
         """The vocabulary in blocks for so many rows."""
-        width = max(LEAST_WIDTH, BLOCK_BYTES // (max(1, rows) * self.dtype.itemsize))
-        width = min(width // ALIGNED * ALIGNED or width, self._widest)
+        width = self.block_width(rows)
         return [(a, min(a + width, self.vocab)) for a in range(0, self.vocab, width)]
 
     def block(self, a: int, b: int) -> Tensor:  # [b - a, D]
@@ -90,4 +94,14 @@ class Head:
         for a, b in self.blocks(n):
             g = parts[0][:, a:b] if len(parts) == 1 else torch.cat([g[:, a:b] for g in parts])
             self.add_back(out, g, self.block(a, b))
+        return out
+
+    def blocks_to_rows(
+        self, blocks: list[Tensor]
+    ) -> Tensor:  # [n, w] each, w add up to V -> [n, D]
+        """g W, with g in blocks of the vocabulary."""
+        out, a = blocks[0].new_zeros(blocks[0].shape[0], self.width), 0
+        for g in blocks:
+            self.add_back(out, g, self.block(a, a + g.shape[1]))
+            a += g.shape[1]
         return out

@@ -22,6 +22,7 @@ from compact_fast.native import load_native
 
 logger = logging.getLogger(__name__)
 
+NO_ROWS = slice(0, 0)
 CACHE_BYTES = 8 << 20  # exponentiated at a time, so that the passes over them stay in cache
 
 
@@ -52,17 +53,18 @@ class OnlineRows:
         plain = dtype == torch.float32 and targets.device.type == "cpu"
         self._native = native_rows() if plain else None
 
-    def update(self, z: Tensor, a: int) -> Tensor:
+    def update(self, z: Tensor, a: int, raw: slice = NO_ROWS) -> Tensor:
         """Turn logits z [n, w] of vocabulary entries a to a + w into exp(z - peak), in place.
 
-        The target's entry becomes 0. Returns exp(old peak - new peak) [n], the factor by which
-        whatever the caller keeps relative to the peak shrinks; the next call overwrites it and the
-        peak. New memory for them would lie behind the block's and keep the heap from using that
-        again for the next block.
+        The target's entry becomes 0; `raw` rows stay what they are. Returns exp(old peak - new
+        peak) [n], the factor by which whatever the caller keeps relative to the peak shrinks; the
+        next call overwrites it and the peak. New memory for them would lie behind the block's and
+        keep the heap from using that again for the next block.
         """
         if self._native is not None and z.stride(1) == 1:
-            return self._update_natively(self._native, z, a)
+            return self._update_natively(self._native, z, a, raw)
         w = z.shape[1]
+        logits = z[raw].clone()
         at = self.targets - a
         here = (at >= 0) & (at < w)
         at = at.clamp(0, w - 1)
@@ -93,6 +95,7 @@ class OnlineRows:
                 torch.sum(distance.mul_(part), -1, out=more[rows])
             torch.sum(part, -1, out=total[rows])
             peak[rows] = top
+        z[raw] = logits
         shrink = (old - peak).exp_()
         if self._pz is not None and more is not None:
             self._pz = shrink * (self._pz + (old - peak) * self.rest) + more
@@ -100,14 +103,17 @@ class OnlineRows:
         self.peak = peak
         return shrink
 
-    def _update_natively(self, softmax_rows: Callable[..., None], z: Tensor, a: int) -> Tensor:
+    def _update_natively(
+        self, softmax_rows: Callable[..., None], z: Tensor, a: int, raw: slice
+    ) -> Tensor:
         """The same in two passes of the native module (csrc/row_softmax.h), in place."""
         state = (
             self.targets, self.peak, self.rest, self.at_target, self._pz, self._preceded,
             self._shrink,
         )  # fmt: skip
         addresses = (0 if t is None else t.data_ptr() for t in state)
-        softmax_rows(z.data_ptr(), z.stride(0), *z.shape, a, *addresses, torch.get_num_threads())
+        more = (raw.start, raw.stop, torch.get_num_threads())
+        softmax_rows(z.data_ptr(), z.stride(0), *z.shape, a, *addresses, *more)
         return self._shrink
 
     def _room(self, part: Tensor) -> Tensor:

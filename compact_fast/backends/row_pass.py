@@ -9,10 +9,8 @@ from compact_fast.backends.assembly import TokenStatistics
 from compact_fast.backends.gradients import GradientSums
 from compact_fast.backends.head import Head
 from compact_fast.backends.held_rows import HeldRows
-from compact_fast.backends.online import OnlineRows, Softmax
+from compact_fast.backends.online import NO_ROWS, OnlineRows, Softmax
 from compact_fast.backends.sparse_rows import SparseRows
-
-NO_ROWS = slice(0, 0)
 
 
 class RowPass:
@@ -53,7 +51,8 @@ class RowPass:
         """Make the rows' logits and record their statistics (not when made `again`).
 
         back, out: (softmax - onehot) W of the first `back` rows is written to `out`.
-        held, sparse: they are given the exponentials, of all rows or of its first ones.
+        held, sparse: they are given the exponentials, of all rows or of its first ones; `held` the
+            logits of its raw rows.
         kept: takes the logits of the rows from `at` on.
         """
         head = self.head
@@ -72,11 +71,9 @@ class RowPass:
             z = head.multiply(x, block, a, place)
             if kept is not None:
                 kept[:, a:b] = z[at : at + kept.shape[0]]
-            shrink = online.update(z, a)
+            shrink = online.update(z, a, NO_ROWS if held is None else held.raw)
             if held is not None:
-                held.peaks[i] = online.peak
-                if head.makes_memory and (into_place := held.places[i]) is not None:
-                    into_place.copy_(z)
+                held.take(i, z, online.peak)
             if sparse is not None:
                 sparse.take(z[: sparse.at.numel()], a, online)
             if back:
@@ -96,14 +93,15 @@ class RowPass:
         back = grads.hidden is not None
         for part in torch.split(rows, self.head.max_rows if grads.head else self.most):
             n = part.numel()
-            held = self.room_to_hold(n, grads, n * self.head.vocab) if grads.head else None
+            most = n * self.head.vocab
+            held = self.room_to_hold(n, grads, most, NO_ROWS) if grads.head else None
             soft = self.measure(
                 part, back=n if back else 0, out=grads.hidden, held=held, again=True
             )
             if grads.hidden is not None:
                 grads.hidden[part] *= scale[part, None]
             if held is not None:
-                self.add_held(grads, part, held, soft, scale[part], NO_ROWS, None)
+                self.add_held(grads, part, held, soft, scale[part])
 
     def add_held(
         self,
@@ -112,14 +110,12 @@ class RowPass:
         held: HeldRows,
         soft: Softmax,
         scale: Tensor,  # [n]
-        replaced: slice,
-        gradients: Tensor | None,  # [m, V] of the replaced rows
     ) -> None:
-        """Add to the head's gradients those of the held rows whose scale is not 0; `replaced` ones
-        have their own."""
+        """Add to the head's gradients those of the held rows whose scale is not 0; raw ones have
+        theirs already."""
         head, targets = self.head, self.targets[rows]
         x, factor = self.take(rows), scale * soft.factor
-        factor[replaced] = 1.0
+        factor[held.raw] = 1.0
         online = OnlineRows(targets, head.dtype, full=False, infinite=head.bias is not None)
         online.peak = soft.peak.clone()
 
@@ -129,15 +125,18 @@ class RowPass:
             online.update(z, a)  # the same logits, so below the same peak
             return z
 
-        held.add_to(grads, x, factor, soft.peak, replaced, gradients, runs(scale != 0), again)
+        held.add_to(grads, x, factor, soft.peak, runs(scale != 0), again)
         own = scale != 0
-        own[replaced] = False
-        amount = (factor * soft.rest)[own]
-        grads.subtract_targets(head, rows[own], x[own], targets[own], amount, hidden=False)
+        own[held.raw] = False
+        grads.subtract_targets(head, rows, x, targets, factor * soft.rest, own, hidden=False)
 
-    def room_to_hold(self, n: int, grads: GradientSums, most: int) -> HeldRows:
+    def room_to_hold(self, n: int, grads: GradientSums, most: int, raw: slice) -> HeldRows:
         """Room for n rows, of `most` elements beside the gradient; the next call takes it away."""
-        return HeldRows.arrange(n, self.head, grads, most, self._storage)
+        return HeldRows.arrange(n, self.head, grads, most, self._storage, raw)
+
+    def reserve(self, size: int) -> None:
+        """Take so much memory at once, instead of less and then more."""
+        self._storage(size)
 
     def _room(self, n: int, w: int) -> Tensor:
         return self._storage(n * w).view(n, w)

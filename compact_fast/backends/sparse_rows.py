@@ -155,9 +155,9 @@ class SparseRows:
         factor, live, left = soft.factor * scale, scale > 0, self.left
         for block in self.blocks:
             self._add_block(grads, block, factor[block.rows], soft.peak[block.rows], live)
-        at, x, targets = self.at[live], self.x[live], self.targets[live]
-        grads.subtract_targets(self.head, at, x, targets, (factor * soft.rest)[live])
-        left.total += at.numel() * self.head.vocab
+        amount = factor * soft.rest
+        grads.subtract_targets(self.head, self.at, self.x, self.targets, amount, live)
+        left.total += int(live.sum()) * self.head.vocab
         left.hidden += float((self._missing * scale)[live].double().square().sum())
         if left.weight is not None and self._weight is not None:
             left.weight += alpha @ self._weight

@@ -30,7 +30,7 @@ from compact_fast.backends.assembly import TokenStatistics, assemble
 from compact_fast.backends.consistency import AnswerRows, Spans, add_consistency
 from compact_fast.backends.gradients import GradientSums
 from compact_fast.backends.head import BLOCK_BYTES, LEAST_ROWS, LEAST_WIDTH, Head
-from compact_fast.backends.held_rows import least_spare, most_inside
+from compact_fast.backends.held_rows import least_spare, most_asked, most_inside
 from compact_fast.backends.online import Softmax
 from compact_fast.backends.protocol import ABI, Gradients, LossResult, Needs, RunSpec
 from compact_fast.backends.question_groups import Group, weightless
@@ -51,7 +51,7 @@ from compact_fast.scores import (
 
 CHUNK_BYTES = 48 << 20  # exponentials held at once; 256 rows of a 49,152-word vocabulary in float32
 HOLD_BYTES = 160 << 20  # the same for one question that does not fit a chunk
-AGAIN = 1 / 5  # share of the logits that a trained head may make again, to hold less
+AGAIN = 1 / 7  # share of the logits that a trained head may make again, to hold less
 AGAIN_QUICK = 1 / 2  # the same where products take half the time, and memory of their own
 WORTH_SAVING = 1 << 20  # bytes; for less nothing is made again
 ANSWER_BYTES = 24 << 20  # logits of answer spans, kept until their questions' weights are known
@@ -164,11 +164,12 @@ class _Pass:
         self.waiting: list[tuple[Tensor, Tensor]] = []  # rows [n] and their gradients [n, V]
 
         if grads.head and self.left is None:
-            sizes = [rows.numel() for _, rows in self._parts()]
+            sizes = [n for _, rows in self._parts() if (n := rows.numel())]
             again = AGAIN_QUICK if head.makes_memory else AGAIN
             least = least_spare(sizes, head, grads.unwritten, again)
             spare = max(least * head.dtype.itemsize, WORTH_SAVING)
             self.spare = min(spare, self.backend.hold_bytes) // head.dtype.itemsize
+            self.work.reserve(most_asked(sizes, head, grads.unwritten, self.spare))
 
         scored = []
         for part in self._parts():
@@ -220,11 +221,10 @@ class _Pass:
         if self.left is not None:
             sparse = self._measure_streamed(group, back=False)
         elif grads.head and n:
-            held = work.room_to_hold(n, grads, self.spare)
-            logits = None if answers is None else answers.logits
-            soft = work.measure(
-                rows, back=back, out=grads.hidden, held=held, kept=logits, at=group.plain
-            )
+            held = work.room_to_hold(n, grads, self.spare, group.answer_slice)
+            soft = work.measure(rows, back=back, out=grads.hidden, held=held)
+            if answers is not None:
+                answers.logits = held.logits
         else:
             self._measure_streamed(group, back=not grads.head)
         scores = self._score(group, work.stats, self.gold_logit)
@@ -237,6 +237,7 @@ class _Pass:
                 [0.0] * group.sequences.start + alpha.tolist(),
                 self.config,
                 self.divergence,
+                work.stats.logsumexp[answers.at],
                 scale[found] if grads.any else None,
                 self.layout.targets[answers.at],
                 self.config.consistency_weight / self.assumed,
@@ -252,9 +253,9 @@ class _Pass:
         elif held is not None:
             if back:
                 self._scale_streamed(rows[:back], scale[:back])
+            self._add_answer_rows(answers, scale[found])  # before they are written over
             within = torch.where(torch.arange(n, device=scale.device) < stop, scale, 0.0)
-            work.add_held(grads, rows, held, soft, within, found, logits)
-            self._await_answers(answers, scale[found])
+            work.add_held(grads, rows, held, soft, within)
         else:
             if not grads.head:
                 self._scale_streamed(rows[: group.plain], scale[: group.plain])
@@ -267,13 +268,16 @@ class _Pass:
     def _measure_streamed(self, group: Group, back: bool) -> list[_Part]:
         """Statistics, kept answers, and unscaled gradients of plain rows if `back`; with skip_below
         the large exponentials of plain rows."""
-        work, found, parts = self.work, group.answer_slice, []
+        work, found, parts, logits = self.work, group.answer_slice, [], None
+        if group.answers is not None:
+            size = (found.stop - found.start, work.head.vocab)
+            logits = work.head.weight.new_empty(size, dtype=work.head.dtype)
+            group.answers.logits = [logits]
         for first in range(0, group.rows.numel(), work.most):
             end = min(first + work.most, group.rows.numel())
             kept, at = None, max(found.start, first) - first
-            if group.answers is not None and found.start < end and found.stop > first:
-                part = slice(max(found.start, first) - found.start, end - found.start)
-                kept = group.answers.logits[part]
+            if logits is not None and found.start < end and found.stop > first:
+                kept = logits[max(found.start, first) - found.start : end - found.start]
             plain = max(0, min(end, group.plain) - first)
             sparse = self._sparse(group, first, plain) if self.left is not None and plain else None
             soft = work.measure(
@@ -317,22 +321,32 @@ class _Pass:
         """Answer rows, whose logits have become their gradients."""
         if answers is None:
             return
-        head, grads = self.work.head, self.grads
+        head, grads, (logits,) = self.work.head, self.grads, answers.logits
         for a, b in runs(scale > 0):
-            at, g = answers.at[a:b], answers.logits[a:b]
+            at, g = answers.at[a:b], logits[a:b]
             x = self.work.take(at)
             if self.left is not None:
                 self.left.add_finished(grads, head, at, x, g, scale[a:b])
             else:
                 grads.add(head, at, x, g, torch.ones_like(scale[a:b]))
 
+    def _add_answer_rows(self, answers: AnswerRows | None, scale: Tensor) -> None:
+        """The hidden states' share of answer rows whose gradients lie among the held rows."""
+        into = self.grads.hidden
+        if answers is None or into is None:
+            return
+        for a, b in runs(scale > 0):
+            product = self.work.head.blocks_to_rows([g[a:b] for g in answers.logits])
+            into.index_add_(0, answers.at[a:b], product)
+
     def _await_answers(self, answers: AnswerRows | None, scale: Tensor) -> None:
         """Keep the answer rows' gradients for a product back to rows with those of other groups:
         for a few rows it costs as much to read the head as to multiply."""
         if answers is None or self.grads.hidden is None:
             return
+        (logits,) = answers.logits
         for a, b in runs(scale > 0):
-            self.waiting.append((answers.at[a:b], answers.logits[a:b]))
+            self.waiting.append((answers.at[a:b], logits[a:b]))
         if sum(g.nbytes for _, g in self.waiting) > WAITING_BYTES:
             self._add_waiting()
 
@@ -416,9 +430,10 @@ class _Pass:
             return None
         gold = mean_gold(weight[layout.gold_ids].to(dtype), layout.cu_gold)  # [Q, D]
         out = torch.zeros(layout.num_tokens, dtype=dtype, device=layout.device)
-        at = information_positions(layout, self.config).nonzero().squeeze(1)
-        question = layout.sequence_question[layout.token_sequence[at]]
-        out[at] = (hidden[at].to(dtype) * gold[question]).sum(-1)
+        needed = information_positions(layout, self.config).nonzero().squeeze(1)
+        for at in torch.split(needed, 256):  # without fresh memory for all of them
+            question = layout.sequence_question[layout.token_sequence[at]]
+            out[at] = (hidden[at].to(dtype) * gold[question]).sum(-1)
         return out
 
     def _score(

@@ -15,6 +15,7 @@
 #include "consensus.h"
 #include "numbers.h"
 #include "parallel.h"
+#include "pairs.h"
 #include "row_softmax.h"
 #include "simd.h"
 #include "text.h"
@@ -256,7 +257,7 @@ void test_parallel() {
   parallel_for(0, 1, 2, [&](std::int64_t, std::int64_t, int) { CHECK(false); });
 }
 
-#if COMPACT_ROW_SOFTMAX
+#if COMPACT_VECTORS
 // Rows of every width in ragged blocks, against double; memory of each block exactly its size.
 void test_row_softmax() {
   Random random(11);
@@ -300,6 +301,83 @@ void test_row_softmax() {
     }
   }
 }
+
+// Sets of rows in ragged blocks, against double.
+void test_pairs() {
+  Random random(13);
+  std::normal_distribution<float> normal(0.0f, 3.0f);
+  for (int trial = 0; trial < 60; ++trial) {
+    std::vector<std::int64_t> cu{0}, members;
+    for (std::int64_t s = below(random, 4); s >= 0; --s)
+      cu.push_back(cu.back() + 1 + below(random, s == 0 ? 16 : 5));
+    const std::int64_t n = cu.back(), vocabulary = 1 + below(random, 60);
+    for (std::int64_t i = 0; i < n; ++i) members.push_back(n - 1 - i);
+    std::vector<std::vector<double>> z(static_cast<std::size_t>(n));
+    for (auto& row : z)
+      for (std::int64_t v = 0; v < vocabulary; ++v) row.push_back(normal(random));
+    std::vector<double> lse;
+    for (const auto& row : z) {
+      double total = 0.0;
+      for (double value : row) total += std::exp(value);
+      lse.push_back(std::log(total));
+    }
+    std::vector<float> c, constant;
+    std::vector<double> want;
+    for (std::size_t s = 0; s + 1 < cu.size(); ++s)
+      for (std::int64_t i = cu[s]; i < cu[s + 1]; ++i) {
+        constant.push_back(normal(random));
+        for (std::int64_t j = cu[s]; j < cu[s + 1]; ++j) {
+          c.push_back(i == j ? 0.0f : static_cast<float>(1 + (i + j) % 5));
+          const auto a = static_cast<std::size_t>(members[static_cast<std::size_t>(i)]);
+          const auto b = static_cast<std::size_t>(members[static_cast<std::size_t>(j)]);
+          double kl = 0.0;
+          for (std::size_t v = 0; v < z[a].size(); ++v) {
+            const double p = z[a][v] - lse[a], q = z[b][v] - lse[b];
+            kl += std::exp(p) * (p - q);
+          }
+          want.push_back(kl);
+        }
+      }
+    std::vector<double> kl(want.size(), 0.0);
+    for (std::int64_t first = 0; first < vocabulary;) {
+      const std::int64_t width = std::min(vocabulary - first, 1 + below(random, 40));
+      std::vector<float> block;
+      for (const auto& row : z)
+        for (std::int64_t v = first; v < first + width; ++v)
+          block.push_back(static_cast<float>(row[static_cast<std::size_t>(v)]));
+      const RowSets sets{block.data(), width, width, static_cast<std::int64_t>(cu.size()) - 1,
+                         cu.data(), members.data(), lse.data()};
+      add_divergences(sets, kl.data(), 2);
+      divergence_gradients(sets, constant.data(), c.data(), 2);
+      std::size_t matrix = 0;
+      for (std::size_t s = 0; s + 1 < cu.size(); ++s) {
+        const std::int64_t size = cu[s + 1] - cu[s];
+        for (std::int64_t i = 0; i < size; ++i) {
+          const auto a = static_cast<std::size_t>(members[static_cast<std::size_t>(cu[s] + i)]);
+          for (std::int64_t v = 0; v < width; ++v) {
+            const auto at = static_cast<std::size_t>(first + v);
+            const double p = z[a][at] - lse[a];
+            double g = std::exp(p) * static_cast<double>(constant[static_cast<std::size_t>(cu[s] + i)]);
+            double scale = 1.0 + std::abs(g);
+            for (std::int64_t j = 0; j < size; ++j) {
+              const auto b = static_cast<std::size_t>(members[static_cast<std::size_t>(cu[s] + j)]);
+              const double q = z[b][at] - lse[b];
+              const double by = c[matrix + static_cast<std::size_t>(i * size + j)];
+              g += by * (std::exp(p) * (p - q) + std::exp(p) - std::exp(q));
+              scale += by * (std::abs(p - q) + 1.0);
+            }
+            const double got = block[a * static_cast<std::size_t>(width) + static_cast<std::size_t>(v)];
+            CHECK(std::abs(got - g) <= 1e-6 * scale);
+          }
+        }
+        matrix += static_cast<std::size_t>(size * size);
+      }
+      first += width;
+    }
+    for (std::size_t e = 0; e < want.size(); ++e)
+      CHECK(std::abs(kl[e] - want[e]) <= 1e-5 * (1.0 + want[e]));
+  }
+}
 #endif
 
 }  // namespace
@@ -313,8 +391,9 @@ int main(int argc, char** argv) {
   test_assignment(graphs);
   test_matching(graphs);
   test_parallel();
-#if COMPACT_ROW_SOFTMAX
+#if COMPACT_VECTORS
   test_row_softmax();
+  test_pairs();
 #endif
   test_random_questions(questions);
   std::printf("%d checks passed\n", checks);

@@ -80,6 +80,25 @@ def test_masked_entries_and_an_otherwise_masked_vocabulary(dtype):
 
 
 @pytest.mark.usefixtures("passes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_raw_rows_keep_their_logits_and_have_the_same_statistics(dtype):
+    torch.manual_seed(4)
+    z, targets = torch.randn(9, 70, dtype=dtype) * 5, torch.randint(0, 70, (9,))
+    rows, plain, raw = OnlineRows(targets, dtype, True), OnlineRows(targets, dtype, True), []
+    for a in range(0, 70, 33):
+        block, other = z[:, a : a + 33].clone(), z[:, a : a + 33].clone()
+        rows.update(block, a, slice(2, 5))
+        plain.update(other, a)
+        raw.append(block[2:5])
+        assert torch.equal(block[:2], other[:2])
+        assert torch.equal(block[5:], other[5:])
+    assert torch.equal(torch.cat(raw, 1), z[2:5])
+    found, want = rows.finish(), plain.finish()
+    for name in ("logp", "logsumexp", "entropy", "correct", "factor", "rest", "peak"):
+        assert torch.equal(getattr(found, name), getattr(want, name)), name
+
+
+@pytest.mark.usefixtures("passes")
 def test_huge_logits():
     z = torch.tensor([[1e30, 2e30, -1e30], [80.0, -80.0, 0.0]])
     found = through(z, torch.tensor([1, 0]), 2)

@@ -1,0 +1,56 @@
+// Sixteen floats at a time, on any machine: sums are taken in one order on all of them, so results are
+// the same bits whatever instructions there are. For files
+// that are compiled without contraction, where COMPACT_VECTORS (simd.h).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace compact {
+
+#define COMPACT_INLINE inline __attribute__((always_inline))
+
+typedef float Lanes __attribute__((vector_size(64)));
+typedef std::int32_t Bits __attribute__((vector_size(64)));
+constexpr std::int64_t kLanes = 16;
+
+COMPACT_INLINE Lanes load(const float* p) {
+  Lanes v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+COMPACT_INLINE void store(float* p, Lanes v) { std::memcpy(p, &v, sizeof v); }
+
+COMPACT_INLINE Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
+
+constexpr float kLowest = -87.0f;  // below, exp is not a normal number: 0
+
+// exp of x <= 0, to 1 ulp: 2^n times a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2] (the one of
+// the Cephes library's expf). NaN stays NaN.
+COMPACT_INLINE Lanes exp_of(Lanes x) {
+  const Lanes shifted = x * 1.44269504088896341f + 12582912.0f;  // n in the lowest bits
+  const Lanes n = shifted - 12582912.0f;
+  Lanes r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  Bits bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 127) << 23;
+  Lanes scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return p * scale;
+}
+
+COMPACT_INLINE float sum(Lanes v) {
+  for (std::int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (std::int64_t k = 0; k < half; ++k) v[k] += v[k + half];
+  return v[0];
+}
+
+}  // namespace compact
