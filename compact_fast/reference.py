@@ -195,7 +195,8 @@ def _consistency(
                     continue
                 a = logp[starts[i] : starts[i] + n]
                 b = logp[starts[j] : starts[j] + n]
-                total[q] = total[q] + share * ((a.exp() - b.exp()) * (a - b)).sum() / n
+                apart = torch.where(a == b, 0.0, a - b)  # two of -inf are not
+                total[q] = total[q] + share * ((a.exp() - b.exp()) * apart).sum() / n
     return torch.stack(total)
 
 

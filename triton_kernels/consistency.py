@@ -33,6 +33,13 @@ def _coefficients(alpha, length, member, place, j, alpha_ptr, length_ptr, floor)
     return tl.where(keep, product / tl.maximum(aligned, 1).to(tl.float32), 0.0)
 
 
+@triton.jit
+def _log_p(z, lse):
+    """z - lse, finite for a logit of -inf: the difference of two of them is 0."""
+    a = z - lse
+    return tl.where(a < -1e30, -1e30, a)
+
+
 @triton.jit(do_not_specialize_on_alignment=["length_ptr"])
 def row_lse_kernel(
     z_ptr,  # [n, V] float32, row stride stride_z
@@ -102,14 +109,15 @@ def pair_products_kernel(
     for v0 in range(start, tl.minimum(start + STRETCH, V), BLOCK_V):
         v = v0 + tl.arange(0, BLOCK_V)
         keep = (degree > 0)[:, None] & (v < V)[None, :]
-        a = tl.load(z_rows[:, None] + v[None, :], mask=keep, other=0.0) - lse[:, None]
+        a = _log_p(tl.load(z_rows[:, None] + v[None, :], mask=keep, other=0.0), lse[:, None])
         m = tl.zeros((BLOCK_K, BLOCK_V), dtype=tl.float32)
         for j in range(K):
             c = _coefficients(
                 alpha, length, member, place, j, alpha_ptr + first, length_ptr + first, floor
             )
             lse_j = tl.load(lse_ptr + first + j)
-            a_j = tl.load(z_ptr + (first + j) * stride_z + v, mask=v < V, other=0.0) - lse_j
+            z_j = tl.load(z_ptr + (first + j) * stride_z + v, mask=v < V, other=0.0)
+            a_j = _log_p(z_j, lse_j)
             m += tl.where(c[:, None] > 0, c[:, None] * (a - a_j[None, :]), 0.0)
         spread += tl.sum(tl.where(keep, tl.exp(a) * m, 0.0), 1)
     rows = tl.num_programs(0).to(tl.int64) * K
@@ -150,7 +158,7 @@ def pair_gradients_kernel(
     for v0 in range(start, tl.minimum(start + STRETCH, V), BLOCK_V):
         v = v0 + tl.arange(0, BLOCK_V)
         keep = (degree > 0)[:, None] & (v < V)[None, :]
-        a = tl.load(z_rows[:, None] + v[None, :], mask=keep, other=0.0) - lse[:, None]
+        a = _log_p(tl.load(z_rows[:, None] + v[None, :], mask=keep, other=0.0), lse[:, None])
         m = tl.zeros((BLOCK_K, BLOCK_V), dtype=tl.float32)
         pulled = tl.zeros((BLOCK_K, BLOCK_V), dtype=tl.float32)  # sum_j c_ij p_j
         for j in range(K):
@@ -158,7 +166,8 @@ def pair_gradients_kernel(
                 alpha, length, member, place, j, alpha_ptr + first, length_ptr + first, floor
             )
             lse_j = tl.load(lse_ptr + first + j)
-            a_j = tl.load(z_ptr + (first + j) * stride_z + v, mask=v < V, other=0.0) - lse_j
+            z_j = tl.load(z_ptr + (first + j) * stride_z + v, mask=v < V, other=0.0)
+            a_j = _log_p(z_j, lse_j)
             m += tl.where(c[:, None] > 0, c[:, None] * (a - a_j[None, :]), 0.0)
             pulled += tl.where(c[:, None] > 0, c[:, None] * tl.exp(a_j)[None, :], 0.0)
         grad = tl.exp(a) * (m - spread[:, None] + degree[:, None]) - pulled

@@ -323,6 +323,28 @@ def check_extreme_logits(subject: Subject) -> None:
     compare("loss at large logits", got.loss, own.loss, exact.loss)
 
 
+def check_masked_vocabulary(subject: Subject) -> None:
+    """Entries that a bias of -inf masks count for nothing: not for consistency either, where they
+    are the difference of two of -inf."""
+    batch = _batch()
+    used = torch.zeros_like(batch.bias, dtype=torch.bool)
+    used[batch.layout.targets[batch.layout.labelled]] = True
+    if batch.layout.gold_ids is not None:
+        used[batch.layout.gold_ids] = True
+    assert not bool(used.all())
+    batch = replace(batch, bias=batch.bias.masked_fill(~used, -torch.inf))
+    for mode in ("answer", "all"):
+        config = CompactConfig(consistency=mode, consistency_weight=1.0)
+        got, own, exact = _both(subject, batch, config)
+        what = f"masked entries of the vocabulary, consistency={mode}"
+        compare(f"loss ({what})", got.loss, own.loss, exact.loss)
+        compare(f"consistency ({what})", got.consistency, own.consistency, exact.consistency)
+        for name, g, o, e in zip(
+            Needs._fields, got.gradients, own.gradients, exact.gradients, strict=True
+        ):
+            compare(f"gradient of {name} ({what})", g, o, e)
+
+
 def check_non_finite(subject: Subject) -> None:
     """A rationale with NaN gets weight 0 and leaves the others' gradients clean."""
     batch = _batch(unlabelled=False)
@@ -478,6 +500,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_low_precision,
     check_mixed_precision,
     check_extreme_logits,
+    check_masked_vocabulary,
     check_non_finite,
     check_company,
     check_determinism,

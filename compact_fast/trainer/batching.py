@@ -210,10 +210,15 @@ class Questions(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, place: int) -> dict[str, Any]:
-        if place < 0:
-            return {**self.rows[-1 - place], IDLE: True}
-        row: dict[str, Any] = self.rows[place]
-        return row
+        return self.__getitems__([place])[0]
+
+    def __getitems__(self, places: Sequence[int]) -> list[dict[str, Any]]:
+        """Those of one pass; the loader asks so, and a file is read in half the time."""
+        at = [place if place >= 0 else -1 - place for place in places]
+        together = getattr(self.rows, "__getitems__", None)
+        rows = together(at) if together is not None else [self.rows[i] for i in at]
+        idle = zip(rows, places, strict=True)
+        return [{**row, IDLE: True} if place < 0 else row for row, place in idle]
 
 
 class QuestionLoader(DataLoader[Any]):

@@ -135,7 +135,7 @@ def add_consistency(logp, alpha, layout, config, rows):
                 if n == 0 or share == 0 or share < config.pair_floor:
                     continue
                 at, other = (slice(spans[k][0], spans[k][0] + n) for k in (i, j))
-                a, b = logp[at], logp[other]
+                a, b = np.maximum(logp[at], -1e30), np.maximum(logp[other], -1e30)  # of -inf too
                 p, r = np.exp(a), np.exp(b)
                 kl_ab, kl_ba = (p * (a - b)).sum(1), (r * (b - a)).sum(1)
                 out[q] += share * (kl_ab + kl_ba).sum() / n

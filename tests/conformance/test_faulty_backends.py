@@ -130,6 +130,12 @@ def poisoned(good, args):
     return good._replace(loss=good.loss * torch.nan) if bad else good
 
 
+def undone_by_a_mask(good, args):
+    """Takes -inf from -inf where all teachers mask an entry."""
+    masked = args[2].isinf().any() and args[6].consistency != "off"
+    return good._replace(consistency=good.consistency * torch.nan) if masked else good
+
+
 def aliased(good, args):
     return good._replace(consensus=args[4])
 
@@ -296,6 +302,7 @@ FAULTS = {
     gradient_without_labels: r"positions without a label have a gradient",
     unfiltered: r"filtered: other teachers or questions than the scores say|weights of question",
     poisoned: r"one rationale's NaN reaches the loss",
+    undone_by_a_mask: r"consistency \(masked entries .*\): NaN in other places",
     aliased: r"consensus: the argument itself is handed back",
     cold: r"the temperature tau is ignored",
     without_floor: r"z_floor is ignored",
