@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compact_fast.data.collate import int_tensor
 from compact_fast.lean.varlen import flash_refusal
 from compact_fast.students import body_and_head, causal_model, inference
 from compact_fast.tables import counted
@@ -183,16 +184,11 @@ def pack_segments(rows: Sequence[Mapping[str, Any]], *, shared: bool = True) -> 
             ids += completion
             positions += range(P, P + len(completion))
     return {
-        "input_ids": _tensor(ids)[None],
-        "position_ids": _tensor(positions)[None],
+        "input_ids": int_tensor(ids)[None],
+        "position_ids": int_tensor(positions)[None],
         "trees": tuple(trees),
-        "gather": _tensor(gather),
+        "gather": int_tensor(gather),
     }
-
-
-def _tensor(values: Sequence[int]) -> Tensor:
-    """As torch.tensor would make it, in a third of the time."""
-    return torch.from_numpy(np.array(values, dtype=np.int64))
 
 
 def read_segments(

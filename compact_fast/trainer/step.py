@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compact_fast.backends import CompactBackend, RunSpec
 from compact_fast.config import CompactConfig
-from compact_fast.data.collate import collate, collate_priors
+from compact_fast.data.collate import collate, collate_layout, collate_priors
 from compact_fast.inputs import mi_is_used
 from compact_fast.layout import TokenLayout
 from compact_fast.loss import compact_loss, token_logp
@@ -103,19 +103,17 @@ class Collator:
         )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        # Always padded on the right: a causal body cannot see it there, so it needs no mask.
-        common: dict[str, Any] = {"thinking_ids": self.thinking_ids, "pad_id": self.pad_id}
-        out = dict(vars(collate(rows, keep_padding=self.keep_padding, **common)))
         kind, shared = self.packing.kind, self.packing.shared
+        common: dict[str, Any] = {"thinking_ids": self.thinking_ids, "pad_id": self.pad_id}
         if kind == "segments":
-            packed = pack_segments(rows, shared=shared)
+            out = collate_layout(rows, thinking_ids=self.thinking_ids)
+            out |= pack_segments(rows, shared=shared)
         elif kind == "mask" and (self.multiple > 1 or is_cheaper(rows, self.packing.width)):
-            packed = pack_shared(rows, self.pad_id, multiple=self.multiple)
+            out = collate_layout(rows, thinking_ids=self.thinking_ids)
+            out |= pack_shared(rows, self.pad_id, multiple=self.multiple)
         else:
-            packed = {}
-        if packed:
-            out.pop("attention_mask")
-            out |= packed
+            # Always padded on the right: a causal body cannot see it there, so it needs no mask.
+            out = dict(vars(collate(rows, keep_padding=self.keep_padding, **common)))
         if rows[0].get(IDLE):
             out[IDLE] = True
         if self.priors:
