@@ -10,7 +10,7 @@ questions: tokens at hand, forward and backward passes, clipping, AdamW on LoRA 
 Every variant's every step has a process of its own, as a user's run has, after one pass to warm up:
 what one trainer leaves in the C library's heap makes the next one slower. --together N reads N
 questions a pass. Rows go into bench/results/end_to_end.csv; a new measurement replaces the row it
-repeats.
+repeats on the same device.
 """
 
 from __future__ import annotations
@@ -409,10 +409,11 @@ def row_of(asked: Asked, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def keep(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Put measurements into the CSV, each over its own case, variant and questions a pass."""
+    """Put measurements into the CSV, each over its own; `key_of` says which that is."""
     known = {key_of(r): r for r in read_rows()}
     for row in rows:
-        key, here = key_of(row), where()
+        here = where()
+        key = key_of({**row, **here})
         before = known.get(key, {})
         if "peak_extra_mb" not in row:
             known[key] = {**before, **row, **here}
@@ -420,7 +421,7 @@ def keep(rows: Sequence[Mapping[str, Any]]) -> None:
             of_time = before if before.get("seconds_a_question") else {**before, **here}
             known[key] = {**here, **of_time, **row, "memory_date": here["date"]}
     order = {case: i for i, case in enumerate(CASES)}
-    kept = [known[key] for key in sorted(known, key=lambda k: (order[k[0]], k[1], k[2]))]
+    kept = [known[key] for key in sorted(known, key=lambda k: (order[k[0]], *k[1:]))]
     columns = list(dict.fromkeys(key for row in kept for key in row))
     with CSV.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -428,9 +429,10 @@ def keep(rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(kept)
 
 
-def key_of(row: Mapping[str, Any]) -> tuple[str, int, int]:
+def key_of(row: Mapping[str, Any]) -> tuple[str, str, int, int]:
     """What a row is about."""
-    return row["case"], int(row["together"]), list(WORDS).index(row["variant"])
+    variant = list(WORDS).index(row["variant"])
+    return row["case"], row["device"], int(row["together"]), variant
 
 
 def read_rows() -> list[dict[str, Any]]:
