@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.measure import RESULTS, in_fresh_process, median, print_table, where
+from bench.measure import RESULTS, in_fresh_process, median, print_table, read_csv, where
 from bench.parts import PARTS, Clock
 
 CSV = RESULTS / "end_to_end.csv"
@@ -410,7 +410,7 @@ def row_of(asked: Asked, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def keep(rows: Sequence[Mapping[str, Any]]) -> None:
     """Put measurements into the CSV, each over its own; `key_of` says which that is."""
-    known = {key_of(r): r for r in read_rows()}
+    known = {key_of(r): r for r in read_csv(CSV)}
     for row in rows:
         here = where()
         key = key_of({**row, **here})
@@ -435,13 +435,6 @@ def key_of(row: Mapping[str, Any]) -> tuple[str, str, int, int]:
     return row["case"], row["device"], int(row["together"]), variant
 
 
-def read_rows() -> list[dict[str, Any]]:
-    if not CSV.is_file():
-        return []
-    with CSV.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def main() -> None:
     """Measure one case and keep the rows, or draw what is kept."""
     if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
@@ -460,7 +453,7 @@ def main() -> None:
     if given.plot:
         from bench.end_to_end_plot import draw
 
-        print(draw(read_rows(), WORDS, PICTURE))
+        print(draw(read_csv(CSV), WORDS, PICTURE))
         return
     if not given.data:
         raise SystemExit("--data FOLDER (or COMPACT_FAST_DATA): where the rationales lie")

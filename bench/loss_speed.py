@@ -12,7 +12,6 @@ bench/results/loss_speed[_large][_processor].csv and, with `memory`, docs/loss_s
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from bench.measure import (
     interleaved,
     median,
     print_table,
+    read_csv,
     where,
     write_csv,
 )
@@ -113,8 +113,8 @@ def main() -> None:
                     frozen, unlabelled, chosen.large, chosen.rounds, chosen.processor_time
                 )
     else:
-        with (RESULTS / f"{name}.csv").open(newline="") as file:
-            rows += csv.DictReader(file)
+        kept = read_csv(RESULTS / f"{name}.csv")
+        rows += [row for row in kept if row["device"] == where()["device"]]
     if "memory" in chosen.what:
         for row in rows:
             if float(row["unlabelled"]) == 0:

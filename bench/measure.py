@@ -76,16 +76,27 @@ def _cpu_name() -> str:
 
 
 def write_csv(name: str, rows: Sequence[Mapping[str, Any]], path: Path | None = None) -> Path:
-    """Write results/NAME.csv, or `path`, with `where()` on every row."""
+    """Write results/NAME.csv, or `path`, with `where()` on every row; what was measured on another
+    device stays."""
     RESULTS.mkdir(exist_ok=True)
     path = path or RESULTS / f"{name}.csv"
-    stamped = [{**row, **where()} for row in rows]
+    here = where()
+    others = [row for row in read_csv(path) if row.get("device") != here["device"]]
+    stamped = [*others, *({**row, **here} for row in rows)]
     columns = list(dict.fromkeys(key for row in stamped for key in row))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(stamped)
     return path
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a result file; none where there is none."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -51,8 +51,9 @@ from compact_fast.scores import (
 
 CHUNK_BYTES = 48 << 20  # exponentials held at once; 256 rows of a 49,152-word vocabulary in float32
 HOLD_BYTES = 160 << 20  # the same for one question that does not fit a chunk
-AGAIN = 1 / 7  # share of the logits that a trained head may make again, to hold less
-AGAIN_QUICK = 1 / 2  # the same where products take half the time, and memory of their own
+AGAIN = 0.15  # share of the logits that a trained head may make again, to hold less
+HELD_SHARE = 0.26  # of its gradient's size: so much is held whatever that saves
+AGAIN_QUICK, HELD_SHARE_QUICK = 1 / 2, 0.08  # where products take half the time, and own memory
 WORTH_SAVING = 1 << 20  # bytes; for less nothing is made again
 ANSWER_BYTES = 24 << 20  # logits of answer spans, kept until their questions' weights are known
 WAITING_BYTES = 4 << 20  # their gradients, kept until there are enough of them for a product
@@ -167,7 +168,9 @@ class _Pass:
             sizes = [n for _, rows in self._parts() if (n := rows.numel())]
             again = AGAIN_QUICK if head.makes_memory else AGAIN
             least = least_spare(sizes, head, grads.unwritten, again)
-            spare = max(least * head.dtype.itemsize, WORTH_SAVING)
+            most = least_spare(sizes, head, grads.unwritten, 0.0)
+            spare = max(least, min(most, self._held_anyway())) * head.dtype.itemsize
+            spare = max(spare, WORTH_SAVING)
             self.spare = min(spare, self.backend.hold_bytes) // head.dtype.itemsize
             self.work.reserve(most_asked(sizes, head, grads.unwritten, self.spare))
 
@@ -368,6 +371,13 @@ class _Pass:
 
     # ---- groups ------------------------------------------------------------------------------
 
+    def _held_anyway(self) -> int:
+        """Exponentials that are held beside the head's gradient even if little is made again."""
+        head = self.work.head
+        share = HELD_SHARE_QUICK if head.makes_memory else HELD_SHARE
+        most = self.backend.hold_bytes // head.dtype.itemsize
+        return min(int(share * head.vocab * head.width), most)
+
     def _most_together(self, first: bool) -> int:
         """Rows of whole questions that go through at a time, as things stand."""
         head = self.work.head
@@ -376,7 +386,8 @@ class _Pass:
         if not self.grads.head:
             return self.work.most
         inside = first and self.grads.weight is not None
-        return most_inside(head, head.max_rows * head.vocab) if inside else head.max_rows
+        room = max(head.max_rows * head.vocab, self._held_anyway())
+        return most_inside(head, room) if inside else max(head.max_rows, room // head.vocab)
 
     def _parts(self) -> Iterator[tuple[range, Tensor]]:
         """Whole questions, as many as go through together, and their rows; a larger one stands
