@@ -17,7 +17,8 @@ from compact_fast.run_config import schema
 from compact_fast.tables import ProgressLine, counted, duration, indent, percent, table
 
 if TYPE_CHECKING:
-    from compact_fast.graphs.stream import QuestionTexts, StreamReport
+    from compact_fast.graphs.rows import QuestionTexts
+    from compact_fast.graphs.stream import StreamReport
 
 
 def run(arguments: Arguments) -> int:
@@ -56,7 +57,7 @@ def run(arguments: Arguments) -> int:
 
 def _texts(row: Mapping[str, Any], place: str) -> QuestionTexts:
     """A row of any shape that `train` reads, if it holds a whole question."""
-    from compact_fast.graphs.stream import QuestionTexts, question_texts
+    from compact_fast.graphs.rows import QuestionTexts, question_texts
 
     if not {"completion", "completions"} & set(row):
         return question_texts(row, place)
@@ -170,7 +171,7 @@ def _explain(source: Path, name: str, backend: Any, output: str | None) -> None:
 
 def _question(source: Path, name: str) -> QuestionTexts:
     from compact_fast.flat_yaml import near
-    from compact_fast.graphs.stream import RowReader
+    from compact_fast.graphs.rows import RowReader
 
     names = []
     for place, row in RowReader(source).rows():
