@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from compact_fast.backends.gradients import GradientSums
-from compact_fast.backends.head import ALIGNED, BLOCK_BYTES, Head
+from compact_fast.backends.head import LEAST_WIDTH, Head
 from compact_fast.products import add_transposed
 
 LINE = 64  # columns: places begin with a cache line
 LEAST_INSIDE = 512  # columns of a block in the gradient, where memory allows; narrower is slower
+SCRATCH = 512  # columns of a block that is made again
 
 Blocks = list[tuple[int, int]]
 
@@ -63,7 +64,7 @@ class HeldRows:
             for a, b in blocks:
                 first = inside.numel() - n * (start - a)
                 places.append(inside[first : first + n * (b - a)].view(n, b - a))
-        held = _cut(start, end, head.block_width(n))
+        held = _cut(start, end, _block_width(n, head))
         widest = _widest(again, head)
         memory = spare(n * (end - start + widest))
         places += [memory[n * (a - start) : n * (b - start)].view(n, b - a) for a, b in held]
@@ -154,7 +155,7 @@ def _blocks_inside(n: int, end: int, head: Head) -> Blocks:
     """The columns that lie in the gradient, in blocks as wide as it allows: what has been read
     leaves room for more of its rows, where n > D."""
     V, D = head.vocab, head.width
-    blocks, a, most = [], 0, head.block_width(n)
+    blocks, a, most = [], 0, _block_width(n, head)
     while a < end:
         room = (V * D - n * (end - a)) // D - a  # rows of the gradient before the exponentials
         width = min(most, max(LEAST_INSIDE, room // LEAST_INSIDE * LEAST_INSIDE), end - a)
@@ -169,8 +170,12 @@ def _plan(n: int, head: Head, inside: bool, most: int) -> tuple[int, int, Blocks
     narrow."""
     start = columns_inside(n, head) if inside else 0
     end = min(head.vocab, start + -(-most // (n * LINE)) * LINE)
-    width = max(ALIGNED, BLOCK_BYTES // 2 // (n * head.dtype.itemsize) // ALIGNED * ALIGNED)
-    return start, end, _cut(end, head.vocab, width)
+    return start, end, _cut(end, head.vocab, SCRATCH)
+
+
+def _block_width(n: int, head: Head) -> int:
+    """Of what is held: the maths library's own memory grows with a product's width."""
+    return min(head.block_width(n), LEAST_WIDTH)
 
 
 def _cut(start: int, end: int, width: int) -> Blocks:

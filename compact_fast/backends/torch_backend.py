@@ -51,7 +51,7 @@ from compact_fast.scores import (
 
 CHUNK_BYTES = 48 << 20  # exponentials held at once; 256 rows of a 49,152-word vocabulary in float32
 HOLD_BYTES = 160 << 20  # the same for one question that does not fit a chunk
-AGAIN = 0.15  # share of the logits that a trained head may make again, to hold less
+AGAIN = 0.14  # share of the logits that a trained head may make again, to hold less
 HELD_SHARE = 0.26  # of its gradient's size: so much is held whatever that saves
 AGAIN_QUICK, HELD_SHARE_QUICK = 1 / 2, 0.08  # where products take half the time, and own memory
 WORTH_SAVING = 1 << 20  # bytes; for less nothing is made again

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 
 
 def run(arguments: Arguments) -> int:
+    _run(arguments)
+    from compact_fast.trainer.launcher import leave
+
+    leave()
+    return 0
+
+
+def _run(arguments: Arguments) -> None:
     path = arguments.positionals[0] if arguments.positionals else None
     config = load(path, arguments.overrides)
     config.require("student", "data")
@@ -28,18 +36,18 @@ def run(arguments: Arguments) -> int:
     if config.training.sharding == "fsdp" and processes() == 1:
         raise ValueError(ALONE)
     if config.run.compare:
-        return _compare(config)
+        _compare(config)
+        return
     if run_folder.is_finished(config):
         say(
             f"{config.run.output_dir} holds this very run, finished. Its report: compact-fast "
             f"report {config.run.output_dir}; to train it again: --overwrite"
         )
-        return 0
+        return
     resume = run_folder.resume_point(config)
     inputs = read(config, quarantine=Path(config.run.output_dir) / "quarantine.jsonl")
     _introduce(inputs)
     _finish(_train(inputs, resume))
-    return 0
 
 
 def say(line: str) -> None:
@@ -138,7 +146,7 @@ def _trained(outcome: Outcome) -> str:
     return words
 
 
-def _compare(config: RunConfig) -> int:
+def _compare(config: RunConfig) -> None:
     from compact_fast.pipeline import run_folder
     from compact_fast.pipeline.comparison import (
         comparison_table,
@@ -167,7 +175,6 @@ def _compare(config: RunConfig) -> int:
         target = Path(config.run.output_dir) / "report"
         page = write_comparison(list(folders.values()), target, names=list(folders))
         say(f"Report     {page}")
-    return 0
 
 
 VERB = Verb(

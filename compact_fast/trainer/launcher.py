@@ -44,6 +44,15 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def leave() -> None:
+    """End this process's part in the group, once all is done. What the group's threads still do
+    when Python ends would abort the process, and the launcher then ends the others."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def launched_bf16(
     bf16: bool | None, environment: MutableMapping[str, str] | None = None
 ) -> bool | None:

@@ -39,8 +39,7 @@ def test_gradient_is_the_product_whatever_lies_where(
         patch.setattr(Head, "block_width", lambda self, rows: block)
         patch.setattr(held_rows, "LINE", aligned)
         patch.setattr(held_rows, "LEAST_INSIDE", least)
-        patch.setattr(held_rows, "ALIGNED", 1)
-        patch.setattr(held_rows, "BLOCK_BYTES", 4 * n * block)
+        patch.setattr(held_rows, "SCRATCH", block)
         torch.manual_seed(n * vocab)
         head, grads = Head(torch.zeros(vocab, width), None, 1), sums(vocab, width)
         asked = []
