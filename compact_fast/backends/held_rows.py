@@ -3,8 +3,8 @@
 The head's gradient [V, D] is memory that nothing uses until the first rows are added to it. The
 exponentials of the first rows are held there: the gradient is written block by block from its
 beginning, and the exponentials lie at its end, so that each is read before it is written over.
-About D rows cost no memory at all. Of what does not fit there, only as much is held as keeps the
-share of the logits that are made again small: they cost one more product each.
+About D rows cost no memory at all. What does not fit there is held beside it as far as the caller
+allows; the rest of the logits are made again, which costs one more product.
 """
 
 from __future__ import annotations

@@ -166,12 +166,7 @@ class _Pass:
 
         if grads.head and self.left is None:
             sizes = [n for _, rows in self._parts() if (n := rows.numel())]
-            again = AGAIN_QUICK if head.makes_memory else AGAIN
-            least = least_spare(sizes, head, grads.unwritten, again)
-            most = least_spare(sizes, head, grads.unwritten, 0.0)
-            spare = max(least, min(most, self._held_anyway())) * head.dtype.itemsize
-            spare = max(spare, WORTH_SAVING)
-            self.spare = min(spare, self.backend.hold_bytes) // head.dtype.itemsize
+            self.spare = self._room_beside(sizes)
             self.work.reserve(most_asked(sizes, head, grads.unwritten, self.spare))
 
         scored = []
@@ -370,6 +365,18 @@ class _Pass:
         return torch.where(layout.labelled[rows], scale, 0.0).to(self.work.head.dtype)
 
     # ---- groups ------------------------------------------------------------------------------
+
+    def _room_beside(self, sizes: list[int]) -> int:
+        """Elements to hold beside the head's gradient, for groups of so many rows in turn."""
+        head, inside = self.work.head, self.grads.unwritten
+        again = AGAIN_QUICK if head.makes_memory else AGAIN
+        all_of_them = least_spare(sizes, head, inside, 0.0)
+        wanted = max(
+            least_spare(sizes, head, inside, again),
+            min(all_of_them, self._held_anyway()),
+            WORTH_SAVING // head.dtype.itemsize,
+        )
+        return min(wanted, self.backend.hold_bytes // head.dtype.itemsize)
 
     def _held_anyway(self) -> int:
         """Exponentials that are held beside the head's gradient even if little is made again."""
