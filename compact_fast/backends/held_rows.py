@@ -21,7 +21,7 @@ from compact_fast.products import add_transposed
 
 LINE = 64  # columns: places begin with a cache line
 LEAST_INSIDE = 512  # columns of a block in the gradient, where memory allows; narrower is slower
-SCRATCH = 512  # columns of a block that is made again
+SCRATCH, OWN = 512, 1024  # columns of a block that is made again, the second in own memory
 
 Blocks = list[tuple[int, int]]
 
@@ -170,7 +170,7 @@ def _plan(n: int, head: Head, inside: bool, most: int) -> tuple[int, int, Blocks
     narrow."""
     start = columns_inside(n, head) if inside else 0
     end = min(head.vocab, start + -(-most // (n * LINE)) * LINE)
-    return start, end, _cut(end, head.vocab, SCRATCH)
+    return start, end, _cut(end, head.vocab, OWN if head.makes_memory else SCRATCH)
 
 
 def _block_width(n: int, head: Head) -> int:

@@ -40,6 +40,7 @@ def test_gradient_is_the_product_whatever_lies_where(
         patch.setattr(held_rows, "LINE", aligned)
         patch.setattr(held_rows, "LEAST_INSIDE", least)
         patch.setattr(held_rows, "SCRATCH", block)
+        patch.setattr(held_rows, "OWN", block)
         torch.manual_seed(n * vocab)
         head, grads = Head(torch.zeros(vocab, width), None, 1), sums(vocab, width)
         asked = []
