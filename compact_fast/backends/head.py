@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compact_fast.products import LONGEST, quick
+from compact_fast.products import LONGEST, ROWS, quick
 from compact_fast.scores import statistics_dtype
 
 BLOCK_BYTES = 4 << 20  # logits of a block of the vocabulary, to stay in cache
@@ -69,11 +69,13 @@ class Head:
         return z
 
     def add_back(self, into: Tensor, g: Tensor, block: Tensor) -> None:
-        """Add g [n, w] times the vocabulary block [w, D] to `into` [n, D]."""
+        """Add the first n rows of g [n or more, w] times the vocabulary block [w, D] to `into`
+        [n, D]."""
+        n = into.shape[0]
         if self._quick is None:
-            into.addmm_(g, block)
-        else:
-            into += self._quick(g, block.T)
+            into.addmm_(g[:n], block)
+        else:  # rows that are there anyway spare it a copy of all with some made up
+            into += self._quick(g[: -(-n // ROWS) * ROWS], block.T)[:n]
 
     def logits(self, x: Tensor) -> Tensor:  # [n, D] -> [n, V]
         """All logits of some rows, in a buffer that the next call overwrites."""

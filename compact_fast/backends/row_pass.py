@@ -77,7 +77,7 @@ class RowPass:
             if sparse is not None:
                 sparse.take(z[: sparse.at.numel()], a, online)
             if back:
-                head.add_back(into.mul_(shrink[:back, None]), z[:back], block)
+                head.add_back(into.mul_(shrink[:back, None]), z, block)
             del z  # where it is memory of its own, or the next block would need as much beside it
         soft = online.finish() if again else online.record(rows, self.stats)
         if back:

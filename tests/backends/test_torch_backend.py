@@ -251,7 +251,7 @@ def test_rows_without_use_are_never_multiplied(frozen, monkeypatch):
     inside = []
 
     def spy_to_rows(self, into, g, block):
-        back.append(g.shape)
+        back.append((len(into), g.shape[1]))
         inside.append(True)  # it may call addmm_
         to_rows(self, into, g, block)
         inside.pop()
