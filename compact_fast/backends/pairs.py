@@ -68,11 +68,11 @@ class Comparison:
                 kl[step] += cross.diagonal(dim1=1, dim2=2)[:, :, None] - cross
 
     def values(self) -> Tensor:
-        """sum_{i<j} c_ij (KL(p_i || p_j) + KL(p_j || p_i)) of each of `aligned`, float64."""
+        """sum_{i<j} c_ij (KL(p_i || p_j) + KL(p_j || p_i)) of each of `aligned`, one at least;
+        float64."""
         self._collect()
-        none = self.logsumexp.new_zeros(0)
         found = [(s.coefficients * kl).sum() for s, kl in zip(self.aligned, self.kl, strict=True)]
-        return torch.stack(found) if found else none
+        return torch.stack(found)
 
     def differentiate(self, blocks: Sequence[Tensor], scale: Tensor, pull: float) -> None:
         """Turn logits, [A, w] each, into scale [A] x softmax + pull x the values' gradient."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from compact_fast.backends.assembly import TokenStatistics, assemble
 from compact_fast.backends.consistency import AnswerRows, Spans, add_consistency
-from compact_fast.backends.gradients import GradientSums
+from compact_fast.backends.gradients import FEW, GradientSums
 from compact_fast.backends.head import BLOCK_BYTES, LEAST_ROWS, LEAST_WIDTH, Head
 from compact_fast.backends.held_rows import least_spare, most_asked, most_inside
 from compact_fast.backends.online import Softmax
@@ -449,7 +449,7 @@ class _Pass:
         gold = mean_gold(weight[layout.gold_ids].to(dtype), layout.cu_gold)  # [Q, D]
         out = torch.zeros(layout.num_tokens, dtype=dtype, device=layout.device)
         needed = information_positions(layout, self.config).nonzero().squeeze(1)
-        for at in torch.split(needed, 256):  # without fresh memory for all of them
+        for at in torch.split(needed, FEW):  # without fresh memory for all of them
             question = layout.sequence_question[layout.token_sequence[at]]
             out[at] = (hidden[at].to(dtype) * gold[question]).sum(-1)
         return out

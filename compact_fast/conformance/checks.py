@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,11 @@ def _both(
 ) -> tuple[LossResult, LossResult, LossResult]:
     """(the backend's, the reference's in the same dtype, the truth)."""
     return subject.run(batch, config), call(REFERENCE, batch, config), truth(batch, config)
+
+
+def _gradients(*results: LossResult) -> Iterator[tuple[Any, ...]]:
+    """(name, each result's gradient) of hidden states, weight and bias."""
+    return zip(Needs._fields, *(r.gradients for r in results), strict=True)
 
 
 def check_shapes_and_dtypes(subject: Subject) -> None:
@@ -287,9 +293,7 @@ def check_low_precision(subject: Subject) -> None:
                 f"{dtype} on the way?"
             )
         compare(f"token_logp ({dtype})", got.token_logp, own.token_logp, exact.token_logp)
-        for name, g, o, e in zip(
-            Needs._fields, got.gradients, own.gradients, exact.gradients, strict=True
-        ):
+        for name, g, o, e in _gradients(got, own, exact):
             if g is not None and g.dtype != dtype:
                 raise Fault(f"gradient of {name}: dtype {g.dtype} for {dtype} inputs")
             compare(f"gradient of {name} ({dtype})", g, o, e)
@@ -306,9 +310,7 @@ def check_mixed_precision(subject: Subject) -> None:
         got, own, exact = _both(subject, batch, UNEVEN)
         what = f"{dtype} states, {head} head"
         compare(f"token_logp ({what})", got.token_logp, own.token_logp, exact.token_logp)
-        for name, g, o, e in zip(
-            Needs._fields, got.gradients, own.gradients, exact.gradients, strict=True
-        ):
+        for name, g, o, e in _gradients(got, own, exact):
             owner = head if name == "weight" else dtype if name == "hidden" else wide
             if g is not None and g.dtype != owner:
                 raise Fault(f"gradient of {name} ({what}): dtype {g.dtype}, expected {owner}")
@@ -339,9 +341,7 @@ def check_masked_vocabulary(subject: Subject) -> None:
         what = f"masked entries of the vocabulary, consistency={mode}"
         compare(f"loss ({what})", got.loss, own.loss, exact.loss)
         compare(f"consistency ({what})", got.consistency, own.consistency, exact.consistency)
-        for name, g, o, e in zip(
-            Needs._fields, got.gradients, own.gradients, exact.gradients, strict=True
-        ):
+        for name, g, o, e in _gradients(got, own, exact):
             compare(f"gradient of {name} ({what})", g, o, e)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import MutableMapping
 
 ALONE = (
@@ -47,9 +48,8 @@ def processes() -> int:
 def leave() -> None:
     """End this process's part in the group, once all is done. What the group's threads still do
     when Python ends would abort the process, and the launcher then ends the others."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
+    dist = sys.modules.get("torch.distributed")  # a run that was finished before has not loaded it
+    if dist is not None and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
