@@ -1,8 +1,10 @@
-"""Matrix products with a weight on a CPU, by the library that is quicker there.
+"""Matrix products on a CPU, by what is quickest there.
 
-torch's products go through Intel's MKL, which reaches four fifths of what oneDNN, also part of
-torch, makes of an AMD processor with AVX-512. Both work in float32 throughout; they add up in
-another order. The choice depends on the processor alone, so a machine repeats its numbers.
+torch's products go through Intel's MKL. The native module (csrc/products.h) is made for a few
+hundred rows by a block of a large vocabulary, and keeps less memory. On an AMD processor with
+AVX-512 oneDNN, also part of torch, takes half of MKL's time. All work in float32 throughout; they
+add up in another order. The choice depends on the processor alone, so a machine repeats its
+numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from compact_fast.native import load_native
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +40,34 @@ def quick(like: Tensor) -> Linear | None:
     return _onednn() if torch.backends.mkldnn.enabled else None
 
 
+def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
+    """out [m, n] = a [m, k] b [k, n], or += with `add`; all of one dtype. Returns `out`."""
+    product = _native() if _plain(out) and _plain(a) and _plain(b) else None
+    if product is None or 0 in (*out.shape, a.shape[1]) or out.stride(1) != 1:
+        return out.addmm_(a, b, beta=int(add))
+    if 1 not in a.stride() or 1 not in b.stride():
+        return out.addmm_(a, b, beta=int(add))
+    product(
+        a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), out.data_ptr(), out.stride(0),
+        *out.shape, a.shape[1], add, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _plain(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+@cache
+def _native() -> Callable[..., None] | None:
+    """The native module's product, or None."""
+    module = load_native()
+    if isinstance(module, str) or not getattr(module, "can_multiply", lambda: False)():
+        return None
+    found: Callable[..., None] = module.multiply
+    return found
+
+
 def add_transposed(into: Tensor, g: Tensor, x: Tensor, *, overwrite: bool = False) -> None:
     """into [m, k] += g^T x for g [n, m] and x [n, k], or = instead; all of one dtype.
 
@@ -45,7 +77,7 @@ def add_transposed(into: Tensor, g: Tensor, x: Tensor, *, overwrite: bool = Fals
     if product is not None and n <= LONGEST:
         whole = n // ROWS * ROWS
     if whole < n or not whole:  # the last rows, or all
-        into.addmm_(g[whole:].T, x[whole:], beta=0 if overwrite else 1)
+        multiply(into, g[whole:].T, x[whole:], add=not overwrite)
         overwrite = False
     if product is None or not whole:
         return

@@ -13,6 +13,7 @@
 #include "dropout.h"
 #include "pairs.h"
 #include "parallel.h"
+#include "products.h"
 #include "row_softmax.h"
 #include "simd.h"
 
@@ -21,7 +22,7 @@ using namespace compact;
 
 namespace {
 
-constexpr int kAbi = 5;
+constexpr int kAbi = 6;
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
@@ -338,6 +339,19 @@ py::tuple score_graphs(const py::dict& graphs, const py::object& embedding,
   return s.out();
 }
 
+#if COMPACT_VECTORS && COMPACT_X86
+// Addresses of torch's memory.
+void multiply_at(std::uintptr_t a, std::ptrdiff_t a_row, std::ptrdiff_t a_column, std::uintptr_t b,
+                 std::ptrdiff_t b_row, std::ptrdiff_t b_column, std::uintptr_t c,
+                 std::ptrdiff_t stride, std::int64_t m, std::int64_t n, std::int64_t k, bool add,
+                 int threads) {
+  py::gil_scoped_release release;
+  multiply({reinterpret_cast<const float*>(a), a_row, a_column},
+           {reinterpret_cast<const float*>(b), b_row, b_column}, reinterpret_cast<float*>(c), stride,
+           m, n, k, add, threads);
+}
+#endif
+
 #if COMPACT_VECTORS
 // Addresses of torch's memory; 0 for null.
 void softmax_rows(std::uintptr_t z, std::ptrdiff_t stride, std::int64_t n, std::int64_t width,
@@ -406,6 +420,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("assignment", &assignment);
   m.def("score_texts", &score_texts);
   m.def("score_graphs", &score_graphs);
+#if COMPACT_VECTORS && COMPACT_X86
+  m.def("can_multiply", &can_multiply);
+  m.def("multiply", &multiply_at);
+#endif
 #if COMPACT_VECTORS
   m.def("softmax_rows", &softmax_rows);
   m.attr("most_compared") = kMostCompared;

@@ -112,9 +112,8 @@ COMPACT_WITH(avx512, "avx512f,avx512bw,avx512vl,avx512dq")
 
 Ways widest() {
 #if COMPACT_X86
-  static const bool wide = __builtin_cpu_supports("avx512bw") &&
-                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (simd_level() > 0) return wide ? Ways{draw_avx512, apply_avx512} : Ways{draw_avx2, apply_avx2};
+  if (simd_level() > 1) return {draw_avx512, apply_avx512};
+  if (simd_level() > 0) return {draw_avx2, apply_avx2};
 #endif
   return {draw_plain, apply_plain};
 }

@@ -129,8 +129,8 @@ __attribute__((target("avx512f"))) void take_avx512(const Work& w, std::int64_t 
 
 Take widest() {
 #if COMPACT_X86
-  static const bool wide = __builtin_cpu_supports("avx512f");
-  if (simd_level() > 0) return wide ? take_avx512 : take_avx2;
+  if (simd_level() > 1) return take_avx512;
+  if (simd_level() > 0) return take_avx2;
 #endif
   return take_plain;
 }

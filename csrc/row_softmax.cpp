@@ -129,8 +129,8 @@ __attribute__((target("avx512f"))) void update_avx512(const Work& w, std::int64_
 
 Update widest() {
 #if COMPACT_X86
-  static const bool wide = __builtin_cpu_supports("avx512f");
-  if (simd_level() > 0) return wide ? update_avx512 : update_avx2;
+  if (simd_level() > 1) return update_avx512;
+  if (simd_level() > 0) return update_avx2;
 #endif
   return update_plain;
 }

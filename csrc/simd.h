@@ -22,10 +22,10 @@
 
 namespace compact {
 
-// 0: plain C++, 1: AVX2 and POPCNT. Results never depend on it.
+// 0: plain C++, 1: AVX2 and POPCNT, 2: AVX-512 too (F, BW, DQ, VL). Results never depend on it.
 int simd_level();
 
-// For tests: -1 = detect, 0 = plain code only.
+// For tests: -1 = detect, else no more than this level.
 void force_simd_level(int level);
 
 }  // namespace compact

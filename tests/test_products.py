@@ -9,8 +9,11 @@ from compact_fast import products
 from compact_fast.backends.torch_backend import TorchBackend
 from compact_fast.config import CompactConfig
 from compact_fast.loss import compact_loss
-from compact_fast.products import add_transposed, quick
+from compact_fast.native import load_native
+from compact_fast.products import add_transposed, multiply, quick
 from compact_fast.testing import random_batch
+
+native = pytest.mark.skipif(products._native() is None, reason="no native products here")
 
 
 @pytest.fixture
@@ -152,3 +155,80 @@ def test_lengths_share_products(monkeypatch):
         assert found.is_contiguous()
         torch.testing.assert_close(found, x[:, :n] @ w.T, rtol=1e-5, atol=1e-6)
     assert met <= set(range(0, 225, products.ROWS))
+
+
+@native
+@pytest.mark.parametrize("orders", ["rows rows", "rows columns", "columns rows", "columns columns"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 33, 65), (496, 576, 1536), (64, 9000, 576)])
+def test_native_products_round_as_well_as_torchs(shape, orders):
+    m, n, k = shape
+    torch.manual_seed(0)
+    a, b = torch.randn(m, k), torch.randn(k, n)
+    a, b = (
+        x if order == "rows" else x.T.contiguous().T
+        for x, order in zip((a, b), orders.split(), strict=True)
+    )
+    exact = a.double() @ b.double()
+    error, usual = (multiply(torch.empty(m, n), a, b) - exact).abs(), (a @ b - exact).abs()
+    # Twice torch's own error, which is the rule for float32; a unit of the last place of the sum
+    floor = float(exact.abs().max()) * torch.finfo(torch.float32).eps
+    assert float(error.mean()) <= 2 * float(usual.mean()) + floor
+    assert float(error.max()) <= 2 * float(usual.max()) + floor
+
+
+@native
+def test_an_entry_depends_on_its_row_and_its_column_alone():
+    """The same bits beside any other rows and columns, for any threads and instructions."""
+    module, threads = load_native(), torch.get_num_threads()
+    torch.manual_seed(0)
+    a, b = torch.randn(300, 700), torch.randn(700, 500)
+    whole = multiply(torch.empty(300, 500), a, b)
+    some = multiply(torch.empty(41, 77), a[100:141], b[:, 33:110])
+    assert torch.equal(some, whole[100:141, 33:110])
+    try:
+        for level, count in ((1, 1), (1, 3), (-1, 2), (-1, 4)):
+            module.force_simd_level(level)
+            torch.set_num_threads(count)
+            assert torch.equal(multiply(torch.empty(300, 500), a, b), whole)
+    finally:
+        module.force_simd_level(-1)
+        torch.set_num_threads(threads)
+
+
+@native
+def test_not_a_number_stays_in_its_row():
+    a, b = torch.randn(30, 20), torch.randn(20, 50)
+    a[17, 3] = torch.nan
+    found = multiply(torch.empty(30, 50), a, b)
+    assert found.isnan().any(1).nonzero().flatten().tolist() == [17]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("add", [False, True])
+def test_products_are_written_or_added_wherever_they_lie(add, dtype):
+    """Views of any strides: those that the native module cannot take go to torch."""
+    torch.manual_seed(0)
+    a, b = torch.randn(12, 40, dtype=dtype), torch.randn(40, 60, dtype=dtype)
+    for x in (a[:, ::2], a[:, :20]):
+        for y in (b[::2], b[:20], b[::2, ::3]):
+            for out in (torch.full((12, y.shape[1]), torch.nan), torch.zeros(12, 130)[:, ::2]):
+                out = out.to(dtype)[:, : y.shape[1]]
+                start = torch.randn(out.shape, dtype=dtype)
+                if add:
+                    out.copy_(start)
+                result = multiply(out, x, y, add=add)
+                assert result is out
+                want = x.double() @ y.double() + (start.double() if add else 0)
+                torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
+    nothing = torch.full((3, 4), 2.0)
+    assert multiply(nothing, torch.empty(3, 0), torch.empty(0, 4)).tolist() == [[0.0] * 4] * 3
+    assert multiply(torch.empty(0, 4), torch.empty(0, 5), torch.empty(5, 4)).shape == (0, 4)
+
+
+def test_without_the_native_module_torch_multiplies(monkeypatch):
+    monkeypatch.setattr(products, "load_native", lambda: "not installed")
+    assert products._native.__wrapped__() is None
+    monkeypatch.setattr(products, "_native", lambda: None)
+    assert (
+        multiply(torch.empty(2, 2), torch.ones(2, 3), torch.ones(3, 2)).tolist() == [[3.0] * 2] * 2
+    )

@@ -9,9 +9,13 @@ from torch import Tensor
 
 from compact_fast.backends.head import Head
 from compact_fast.backends.protocol import Gradients, Needs
+from compact_fast.chunks import Chunks, bytes_of
+from compact_fast.heap import MOST_IN_HEAP
 from compact_fast.products import add_transposed
 
 FEW = 256  # rows copied at a time
+
+_CHUNKS = Chunks()
 
 
 @dataclass
@@ -30,7 +34,7 @@ class GradientSums:
         """Nothing yet of what is needed."""
         return cls(
             torch.zeros_like(hidden, dtype=dtype) if needs.hidden else None,
-            torch.empty_like(weight, dtype=dtype) if needs.weight else None,
+            _empty(weight, dtype) if needs.weight else None,
             torch.zeros_like(bias, dtype=dtype) if needs.bias and bias is not None else None,
             unwritten=needs.weight,
         )
@@ -115,3 +119,16 @@ class GradientSums:
                 for g, o in zip(sums, owners, strict=True)
             )
         )
+
+
+def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for a head's gradient; the one before's, if that is gone and was large."""
+    shape = tuple(like.shape)
+    if like.device.type != "cpu" or bytes_of(shape, dtype) <= MOST_IN_HEAP:
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    return _CHUNKS.whole(shape, dtype)
+
+
+def give_back() -> None:
+    """Return the memory of gradients that are gone to the system."""
+    _CHUNKS.give_back()

@@ -10,12 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compact_fast.products import LONGEST, ROWS, quick
+from compact_fast.products import LONGEST, ROWS, multiply, quick
 from compact_fast.scores import statistics_dtype
 
 BLOCK_BYTES = 4 << 20  # logits of a block of the vocabulary, to stay in cache
 LEAST_WIDTH = 2048  # of a block, where there are many rows; narrower products are slower
-ALIGNED = 1024  # blocks are so many entries times n: rows that straddle cache lines are slow
+ALIGNED = 1024  # blocks are so many entries times n, less LESS: rows that straddle cache lines are
+LESS = 32  # slow, and so are those a whole page apart, which share a few places in the cache
 UPCAST_BYTES = 16 << 20  # float32 copy of a block of a low-precision head
 LEAST_ROWS = 16  # a chunk has at least so many rows, however large the vocabulary
 
@@ -47,7 +48,7 @@ class Head:
     def block_width(self, rows: int) -> int:
         """Of a block of the vocabulary, for so many rows."""
         width = max(LEAST_WIDTH, BLOCK_BYTES // (max(1, rows) * self.dtype.itemsize))
-        return min(width // ALIGNED * ALIGNED or width, self._widest)
+        return min(width // ALIGNED * ALIGNED - LESS, self._widest)
 
     def blocks(self, rows: int) -> list[tuple[int, int]]:
         """The vocabulary in blocks for so many rows."""
@@ -63,7 +64,11 @@ class Head:
 
         They are written into `out`, unless the head `makes_memory`.
         """
-        z = torch.mm(x, block.T, out=out) if self._quick is None else self._quick(x, block)
+        if self._quick is None:
+            assert out is not None
+            z = multiply(out, x, block.T)
+        else:
+            z = self._quick(x, block)
         if self.bias is not None:
             z += self.bias[a : a + block.shape[0]]
         return z
@@ -73,7 +78,7 @@ class Head:
         [n, D]."""
         n = into.shape[0]
         if self._quick is None:
-            into.addmm_(g[:n], block)
+            multiply(into, g[:n], block, add=True)
         else:  # rows that are there anyway spare it a copy of all with some made up
             into += self._quick(g[: -(-n // ROWS) * ROWS], block.T)[:n]
 

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from compact_fast.backends.gradients import GradientSums
-from compact_fast.backends.head import LEAST_WIDTH, Head
+from compact_fast.backends.head import LEAST_WIDTH, LESS, Head
 from compact_fast.products import add_transposed
 
 LINE = 64  # columns: places begin with a cache line
 LEAST_INSIDE = 512  # columns of a block in the gradient, where memory allows; narrower is slower
-SCRATCH, OWN = 512, 1024  # columns of a block that is made again, the second in own memory
+SCRATCH = 512 - LESS  # columns of a block that is made again
+OWN = 1024 - LESS  # of one whose product makes memory of its own
 
 Blocks = list[tuple[int, int]]
 
@@ -158,7 +159,7 @@ def _blocks_inside(n: int, end: int, head: Head) -> Blocks:
     blocks, a, most = [], 0, _block_width(n, head)
     while a < end:
         room = (V * D - n * (end - a)) // D - a  # rows of the gradient before the exponentials
-        width = min(most, max(LEAST_INSIDE, room // LEAST_INSIDE * LEAST_INSIDE), end - a)
+        width = min(most, max(LEAST_INSIDE, room // LEAST_INSIDE * LEAST_INSIDE) - LESS, end - a)
         blocks.append((a, a + width))
         a += width
     return blocks

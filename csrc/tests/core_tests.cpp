@@ -14,8 +14,9 @@
 
 #include "consensus.h"
 #include "numbers.h"
-#include "parallel.h"
 #include "pairs.h"
+#include "parallel.h"
+#include "products.h"
 #include "row_softmax.h"
 #include "simd.h"
 #include "text.h"
@@ -380,6 +381,57 @@ void test_pairs() {
 }
 #endif
 
+#if COMPACT_VECTORS && COMPACT_X86
+// Products of every shape and order of both factors, against double; all memory exactly its size.
+void test_products(int trials) {
+  if (!can_multiply()) return;
+  Random random(17);
+  std::normal_distribution<float> normal(0.0f, 1.0f);
+  const auto filled = [&](std::int64_t size) {
+    std::vector<float> values(static_cast<std::size_t>(size));
+    for (auto& value : values) value = normal(random);
+    return values;
+  };
+  const auto factor = [&](const std::vector<float>& x, std::int64_t rows, std::int64_t columns) {
+    return below(random, 2) ? Factor{x.data(), columns, 1} : Factor{x.data(), 1, rows};
+  };
+  for (int trial = 0; trial < trials; ++trial) {
+    const std::int64_t m = 1 + below(random, 90), n = 1 + below(random, 130),
+                       k = 1 + below(random, trial % 8 ? 60 : 1000), stride = n + below(random, 3);
+    const std::vector<float> x = filled(m * k), y = filled(k * n);
+    const std::vector<float> before = filled((m - 1) * stride + n);
+    const Factor a = factor(x, m, k), b = factor(y, k, n);
+    const bool add = below(random, 2) != 0;
+    std::vector<float> first;
+    for (int level : {2, 1}) {
+      force_simd_level(level);
+      std::vector<float> c = before;
+      multiply(a, b, c.data(), stride, m, n, k, add, static_cast<int>(1 + below(random, 3)));
+      if (level == 2) first = c;
+      CHECK(c == first);  // the same bits with either set of instructions, for any threads
+    }
+    force_simd_level(-1);
+    for (std::int64_t i = 0; i < m; ++i)
+      for (std::int64_t j = 0; j < stride && i * stride + j < (m - 1) * stride + n; ++j) {
+        const auto at = static_cast<std::size_t>(i * stride + j);
+        if (j >= n) {
+          CHECK(first[at] == before[at]);
+          continue;
+        }
+        double sum = add ? static_cast<double>(before[at]) : 0.0, size = std::abs(sum);
+        for (std::int64_t t = 0; t < k; ++t) {
+          const double term = static_cast<double>(a.data[i * a.row + t * a.column]) *
+                              static_cast<double>(b.data[t * b.row + j * b.column]);
+          sum += term, size += std::abs(term);
+        }
+        // every sum is one chain of k roundings at most
+        CHECK(std::abs(static_cast<double>(first[at]) - sum) <=
+              static_cast<double>(k + 1) * 6e-8 * size + 1e-30);
+      }
+  }
+}
+#endif
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -394,6 +446,9 @@ int main(int argc, char** argv) {
 #if COMPACT_VECTORS
   test_row_softmax();
   test_pairs();
+#endif
+#if COMPACT_VECTORS && COMPACT_X86
+  test_products(std::min(graphs, 400));
 #endif
   test_random_questions(questions);
   std::printf("%d checks passed\n", checks);

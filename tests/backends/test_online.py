@@ -123,7 +123,7 @@ def test_native_passes_agree_with_torchs_and_with_themselves(monkeypatch):
     module, threads = load_native(), torch.get_num_threads()
     first = run()
     try:
-        for level, count in ((0, 1), (0, 3), (-1, 2), (-1, 1)):
+        for level, count in ((0, 1), (0, 3), (1, 2), (-1, 2), (-1, 1)):
             module.force_simd_level(level)
             torch.set_num_threads(count)
             assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))

@@ -9,7 +9,8 @@ import threading
 import pytest
 import torch
 
-from compact_fast.lean.kept import ALIGNED, MOST_BYTES, Chunks, Kept, keep, keep_gradient, settle
+from compact_fast.chunks import Chunks
+from compact_fast.lean.kept import ALIGNED, MOST_BYTES, Kept, keep, keep_gradient, settle
 
 MEGABYTE = 1 << 20
 
