@@ -233,7 +233,7 @@ class TokenLayout:
         parts = [torch.arange(bounds[q], bounds[q + 1]) for q in questions]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
 
-    # ---- validation --------------------------------------------------------------------------
+    # ---- validation: in numpy, which takes a third of the time for so few numbers ---------------
 
     def validate(self) -> None:
         """Check every field against the others; called once on construction on the CPU."""
@@ -265,16 +265,19 @@ class TokenLayout:
         self._check_values()
 
     def _check_values(self) -> None:
-        bad = (self.targets < 0) & (self.targets != IGNORE)
-        if bool(bad.any()):
-            t = int(bad.nonzero()[0])
+        targets = self.targets.numpy()
+        bad = (targets < 0) & (targets != IGNORE)
+        if bad.any():
+            t = int(bad.argmax())
             raise ValueError(
                 f"layout.targets[{t}] = {int(self.targets[t])}: "
                 f"expected a token id >= 0 or {IGNORE}"
             )
         for name, cu in (("cu_seqlens", self.cu_seqlens), ("cu_teachers", self.cu_teachers)):
-            if bool((cu.diff() == 0).any()):
-                i = int((cu.diff() == 0).nonzero()[0])
+            bounds = cu.numpy()
+            empty = bounds[1:] == bounds[:-1]
+            if empty.any():
+                i = int(empty.argmax())
                 what = "sequence" if name == "cu_seqlens" else "question"
                 raise ValueError(f"layout.{name}: {what} {i} is empty; leave it out of the batch")
         if (self.gold_ids is None) != (self.cu_gold is None):
@@ -287,12 +290,12 @@ class TokenLayout:
                     f"cu_teachers has {self.num_questions}"
                 )
         if self.answer_spans is not None:
-            start, end = self.answer_spans.unbind(1)
-            stated = start != end
-            lo, hi = self.cu_seqlens[:-1], self.cu_seqlens[1:]
-            bad = stated & ((start > end) | (start < lo) | (end > hi))
-            if bool(bad.any()):
-                s = int(bad.nonzero()[0])
+            start, end = self.answer_spans.numpy().T
+            bounds = self.cu_seqlens.numpy()
+            lo, hi = bounds[:-1], bounds[1:]
+            bad = (start > end) | ((start != end) & ((start < lo) | (end > hi)))
+            if bad.any():
+                s = int(bad.argmax())
                 raise ValueError(
                     f"layout.answer_spans[{s}] = {self.answer_spans[s].tolist()}: outside its "
                     f"sequence, positions {int(lo[s])} to {int(hi[s])}"
@@ -316,7 +319,8 @@ class TokenLayout:
     def _check_offsets(name: str, cu: Tensor, total: int, what: str) -> None:
         if cu.ndim != 1 or cu.numel() < 1:
             raise ValueError(f"layout.{name}: expected shape [n + 1], got {tuple(cu.shape)}")
-        if int(cu[0]) != 0 or int(cu[-1]) != total or bool((cu.diff() < 0).any()):
+        bounds = cu.numpy()
+        if bounds[0] != 0 or bounds[-1] != total or (bounds[1:] < bounds[:-1]).any():
             raise ValueError(
                 f"layout.{name}: offsets must rise from 0 to {total}, the number of {what}; "
                 f"got {cu.tolist()[:8]}{'...' if cu.numel() > 8 else ''}"

@@ -25,6 +25,7 @@ PART_BYTES = 2 << 20  # of a product that is added to what is there
 # oneDNN compiles a product for every number of rows, 0.3 to 0.7 MB each, and keeps a thousand: rows
 # come in so many, the last ones made up, so that questions of any length share a few dozen
 ROWS = 32
+FEW = 32  # rows; for fewer the native module would pack a weight to read it hardly ever
 LONGEST = 4096  # terms of a sum: oneDNN adds them in a row and rounds more, where MKL parts them
 
 Linear = Callable[[Tensor, Tensor], Tensor]
@@ -38,6 +39,22 @@ def quick(like: Tensor) -> Linear | None:
     if like.device.type != "cpu" or like.dtype != torch.float32:
         return None
     return _onednn() if torch.backends.mkldnn.enabled else None
+
+
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    """x [..., in], w [out, in] -> x w^T [..., out]; w may be a transposed view.
+
+    It knows no autograd where it is not torch's own.
+    """
+    product = quick(x)
+    if product is not None:
+        return product(x, w)
+    rows = x.numel() // max(1, x.shape[-1])
+    if rows < FEW or not _plain(x) or _native() is None:
+        return torch.nn.functional.linear(x, w)
+    out = x.new_empty(*x.shape[:-1], w.shape[0])
+    multiply(out.view(rows, w.shape[0]), x.reshape(rows, x.shape[-1]), w.T)
+    return out
 
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:

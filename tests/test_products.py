@@ -10,7 +10,7 @@ from compact_fast.backends.torch_backend import TorchBackend
 from compact_fast.config import CompactConfig
 from compact_fast.loss import compact_loss
 from compact_fast.native import load_native
-from compact_fast.products import add_transposed, multiply, quick
+from compact_fast.products import add_transposed, linear, multiply, quick
 from compact_fast.testing import random_batch
 
 native = pytest.mark.skipif(products._native() is None, reason="no native products here")
@@ -232,3 +232,15 @@ def test_without_the_native_module_torch_multiplies(monkeypatch):
     assert (
         multiply(torch.empty(2, 2), torch.ones(2, 3), torch.ones(3, 2)).tolist() == [[3.0] * 2] * 2
     )
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (0, 5), (3, 5), (2, 40, 5), (products.FEW, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_layers_product_is_torchs(shape, transposed, dtype):
+    torch.manual_seed(0)
+    x, w = torch.randn(shape, dtype=dtype), torch.randn(7, 5, dtype=dtype)
+    w = w.T.contiguous().T if transposed else w
+    found = linear(x, w)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, w), rtol=1e-5, atol=1e-5)

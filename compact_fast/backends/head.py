@@ -16,9 +16,14 @@ from compact_fast.scores import statistics_dtype
 BLOCK_BYTES = 4 << 20  # logits of a block of the vocabulary, to stay in cache
 LEAST_WIDTH = 2048  # of a block, where there are many rows; narrower products are slower
 ALIGNED = 1024  # blocks are so many entries times n, less LESS: rows that straddle cache lines are
-LESS = 32  # slow, and so are those a whole page apart, which share a few places in the cache
+LESS = 32  # slow, and so are rows whole pages apart, which share a few places in the cache
 UPCAST_BYTES = 16 << 20  # float32 copy of a block of a low-precision head
 LEAST_ROWS = 16  # a chunk has at least so many rows, however large the vocabulary
+
+
+def off_page(width: int) -> int:
+    """About so many columns, such that rows of them are not whole pages apart."""
+    return width - LESS if width > LESS else width
 
 
 class Head:
@@ -48,7 +53,7 @@ class Head:
     def block_width(self, rows: int) -> int:
         """Of a block of the vocabulary, for so many rows."""
         width = max(LEAST_WIDTH, BLOCK_BYTES // (max(1, rows) * self.dtype.itemsize))
-        return min(width // ALIGNED * ALIGNED - LESS, self._widest)
+        return min(off_page(width // ALIGNED * ALIGNED or width), self._widest)
 
     def blocks(self, rows: int) -> list[tuple[int, int]]:
         """The vocabulary in blocks for so many rows."""

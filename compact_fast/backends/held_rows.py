@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from compact_fast.backends.gradients import GradientSums
-from compact_fast.backends.head import LEAST_WIDTH, LESS, Head
+from compact_fast.backends.head import LEAST_WIDTH, Head, off_page
 from compact_fast.products import add_transposed
 
 LINE = 64  # columns: places begin with a cache line
 LEAST_INSIDE = 512  # columns of a block in the gradient, where memory allows; narrower is slower
-SCRATCH = 512 - LESS  # columns of a block that is made again
-OWN = 1024 - LESS  # of one whose product makes memory of its own
+SCRATCH = off_page(512)  # columns of a block that is made again
+OWN = off_page(1024)  # of one whose product makes memory of its own
 
 Blocks = list[tuple[int, int]]
 
@@ -159,7 +159,8 @@ def _blocks_inside(n: int, end: int, head: Head) -> Blocks:
     blocks, a, most = [], 0, _block_width(n, head)
     while a < end:
         room = (V * D - n * (end - a)) // D - a  # rows of the gradient before the exponentials
-        width = min(most, max(LEAST_INSIDE, room // LEAST_INSIDE * LEAST_INSIDE) - LESS, end - a)
+        width = max(LEAST_INSIDE, room // LEAST_INSIDE * LEAST_INSIDE)
+        width = min(most, off_page(width), end - a)
         blocks.append((a, a + width))
         a += width
     return blocks

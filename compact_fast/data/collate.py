@@ -179,7 +179,7 @@ class _Tokens:
             targets=torch.from_numpy(targets),
             cu_seqlens=_offsets(self.lengths),
             input_ids=torch.from_numpy(self.ids),
-            thinking=torch.from_numpy(np.isin(self.ids, np.array(thinking_ids, dtype=np.int64))),
+            thinking=torch.from_numpy(_among(self.ids, thinking_ids)),
             answer_spans=self._spans(self.origin),
             **told.fields(),
         )
@@ -225,6 +225,14 @@ class _Tokens:
         predicted at a - 1, so spans over tokens become spans over labels."""
         stated = self.answers[:, 1:] > self.answers[:, :1]
         return torch.from_numpy(np.where(stated, self.answers + origin[:, None] - 1, 0))
+
+
+def _among(ids: Ints, few: Sequence[int]) -> NDArray[np.bool_]:
+    """Which ids are some of a few; np.isin sorts them all."""
+    found = np.zeros(len(ids), dtype=np.bool_)
+    for one in few:
+        found |= ids == one
+    return found
 
 
 def _consensus(rows: Sequence[Mapping[str, Any]]) -> Tensor | None:

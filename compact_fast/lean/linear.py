@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from compact_fast.lean.kept import gradient_room, keep
 from compact_fast.lean.sources import source_of
-from compact_fast.products import add_transposed, quick
+from compact_fast.products import add_transposed, linear
 
 _LEAST_NUMBERS = 1 << 16  # of the weight: below, a step of Python costs more than it saves
 
@@ -41,10 +41,7 @@ def linear_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    product = quick(x)
-    if product is None:
-        return nn.functional.linear(x, w, bias)
-    out = product(x, w)
+    out = linear(x, w)
     return out if bias is None else out.add_(bias)
 
 
@@ -83,6 +80,5 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             g_bias = g.sum(0)
         if ctx.needs_input_grad[0]:
-            product = quick(g)
-            g_x = (g @ w if product is None else product(g, w.T)).view(ctx.shape)
+            g_x = linear(g, w.T).view(ctx.shape)
         return g_x, g_w, g_bias, None, *(None,) * ctx.given

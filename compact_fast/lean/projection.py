@@ -18,7 +18,7 @@ from compact_fast.lean import dropout
 from compact_fast.lean.kept import keep, keep_gradient
 from compact_fast.lean.ordinary import is_ordinary
 from compact_fast.lean.sources import source_of
-from compact_fast.products import quick
+from compact_fast.products import linear
 
 
 def is_lora(module: nn.Module) -> bool:
@@ -98,13 +98,9 @@ def _products(
     scale: float,
 ) -> Tensor:
     """What `_project` returns."""
-    product = quick(x)
-    if product is None:
-        out = nn.functional.linear(x, w, bias)
-    else:
-        out = product(x, w)
-        if bias is not None:
-            out += bias
+    out = linear(x, w)
+    if bias is not None:
+        out += bias
     low = _dropped(x, units) @ a.T
     out.view(-1, b.shape[0]).addmm_(low, b.T, alpha=scale)
     # no view of the product: what a Function returns as one may not be changed in place
@@ -151,8 +147,7 @@ class _Projection(torch.autograd.Function):
             g_b = keep_gradient((((x @ a.T) * ctx.scale).T @ g).T)
             g_a = keep_gradient(g_low.T @ x)
         if ctx.needs_input_grad[0]:
-            product = quick(g)
-            g_x = (g @ w if product is None else product(g, w.T)).view(ctx.shape)
+            g_x = linear(g, w.T).view(ctx.shape)
             update = (g_low @ a).view(ctx.shape)
             g_x += update if units is None else dropout.apply(update, units, in_place=True)
         others = (None,) * (5 + len(kept) - 1)
