@@ -16,7 +16,7 @@ namespace {
 
 constexpr std::int64_t kSpan = 320;         // terms of a sum between two visits of c
 constexpr std::int64_t kHeld = 160 * 1024;  // entries that wait packed, in the second cache
-constexpr std::int64_t kFew = 3;            // panels packed at a time, where strips wait
+constexpr std::int64_t kFew = 6;            // panels
 constexpr std::int64_t kSame = 256;  // rows so many floats apart share a quarter of the first cache
 
 // Memory of a thread, kept from call to call: fresh memory costs more than filling it.
@@ -73,7 +73,7 @@ class Share {
     strip_size_ = span_ * strip_;
     const std::int64_t strips = parts_of(columns, strip_);
     tall_ = rows > columns && strips * strip_size_ <= kHeld;
-    most_rows_ = tall_ ? kFew * high : std::max(high, kHeld / span_ / high * high);
+    most_rows_ = tall_ ? kFew / 2 * high : std::max(high, kHeld / span_ / high * high);
     most_columns_ = tall_ ? columns : strip_;
 
     by_columns_ = p.a.column != 1;
@@ -84,6 +84,8 @@ class Share {
     thread_local Room a_room, b_room;
     if (!in_place_) a_ = a_room.of((by_columns_ ? parts_of(held, high) : held) * panel_);
     b_ = b_room.of(tall_ ? strips * strip_size_ : strip_size_);
+    // a strip is read where it lies, too, if so few panels pass by that packing it would cost more
+    b_in_place_ = !tall_ && p.b.column == 1 && rows <= (p.b.row % kSame != 0 ? kFew : 1) * high;
   }
 
   void run() {
@@ -96,7 +98,7 @@ class Share {
         if (!in_place_) pack_a(t, k, panels, i);
         for (std::int64_t j = n0_; j < n1_; j += most_columns_) {
           const std::int64_t width = std::min(most_columns_, n1_ - j);
-          if (!tall_) pack_b(t, k, j, width);
+          if (!tall_ && !stays(width)) pack_b(t, k, j, width);
           Ahead ahead = tall_ ? after_rows(t, k, i + rows) : after_columns(t, k, j + width);
           ahead.spread_over(panels.count * parts_of(width, strip_) * (k / kSteps));
           tiles(t, k, panels, i, j, width, ahead);
@@ -132,7 +134,8 @@ class Share {
              std::int64_t width, Ahead& ahead) {
     const bool add = p_.add || t > 0;
     const Tile* of = by_columns_ ? p_.kernels.of_columns : p_.kernels.of_rows;
-    const float* b = b_;
+    const float* b = stays(width) ? p_.b.data + t * p_.b.row + j : b_;
+    const std::ptrdiff_t next = stays(width) ? p_.b.row : strip_;
     for (std::int64_t x = 0; x < width; x += strip_, b += strip_size_)
       for (std::int64_t q = 0; q < panels.count; ++q) {
         const std::int64_t first = panels.first(q), rows = panels.first(q + 1) - first;
@@ -140,17 +143,20 @@ class Share {
                                    : a_ + (by_columns_ ? q : first) * panel_;
         float* c = p_.c + (i + first) * p_.stride + j + x;
         if (x + strip_ <= width)
-          of[rows - 1](a, apart_, b, k, c, p_.stride, add, ahead);
+          of[rows - 1](a, apart_, b, next, k, c, p_.stride, add, ahead);
         else
           edge(of[rows - 1], a, b, k, c, rows, width - x, add, ahead);
       }
   }
 
+  // Whether a strip of b, or what is left of one, is read where it lies.
+  bool stays(std::int64_t width) const { return b_in_place_ && width == strip_; }
+
   // A tile of which c has not all columns.
   void edge(Tile tile, const float* a, const float* b, std::int64_t k, float* c, std::int64_t rows,
             std::int64_t width, bool add, Ahead& ahead) {
     alignas(64) float whole[Avx512::kRows * kStrip<Avx512>];
-    tile(a, apart_, b, k, whole, strip_, false, ahead);
+    tile(a, apart_, b, strip_, k, whole, strip_, false, ahead);
     for (std::int64_t r = 0; r < rows; ++r)
       for (std::int64_t x = 0; x < width; ++x)
         c[r * p_.stride + x] = (add ? c[r * p_.stride + x] : 0.0f) + whole[r * strip_ + x];
@@ -192,7 +198,7 @@ class Share {
 
   const Product& p_;
   const std::int64_t strip_, m0_, m1_, n0_, n1_;
-  bool tall_, by_columns_, in_place_;
+  bool tall_, by_columns_, in_place_, b_in_place_;
   std::int64_t span_, strip_size_, most_rows_, most_columns_;
   std::ptrdiff_t apart_, panel_;  // packed rows or columns of a, and packed rows or panels
   float* a_ = nullptr;

@@ -59,11 +59,11 @@ struct Ahead {
   }
 };
 
-// c [R, 2 vectors] (+)= a b; a's entries k apart by `along`, rows by `across`; b packed.
+// c [R, 2 vectors] (+)= a b; a's entries k apart by `along`, rows by `across`; b's rows by `next`.
 template <class Machine, int R>
 COMPACT_INLINE void tile(const float* a, std::ptrdiff_t across, std::ptrdiff_t along,
-                         const float* b, std::int64_t k, float* c, std::ptrdiff_t stride, bool add,
-                         Ahead& ahead) {
+                         const float* b, std::ptrdiff_t next, std::int64_t k, float* c,
+                         std::ptrdiff_t stride, bool add, Ahead& ahead) {
   typedef typename Machine::Vector Vector;
   constexpr std::int64_t v = kVector<Machine>;
   Vector sums[R][2] = {};
@@ -81,7 +81,7 @@ COMPACT_INLINE void tile(const float* a, std::ptrdiff_t across, std::ptrdiff_t a
       sums[i][1] += x * right;
     }
     for (int g = 0; g < (R + 3) / 4; ++g) rows[g] += along;
-    b += 2 * v;
+    b += next;
   };
   Ahead own{c, stride, R, 2 * v, 0};
   std::int64_t t = 0;
@@ -143,8 +143,8 @@ COMPACT_INLINE void transpose(const float* from, std::ptrdiff_t apart, std::int6
   }
 }
 
-using Tile = void (*)(const float* a, std::ptrdiff_t apart, const float* b, std::int64_t k, float* c,
-                      std::ptrdiff_t stride, bool add, Ahead& ahead);
+using Tile = void (*)(const float* a, std::ptrdiff_t apart, const float* b, std::ptrdiff_t next,
+                      std::int64_t k, float* c, std::ptrdiff_t stride, bool add, Ahead& ahead);
 // k pieces of so many floats, `apart` from one to the next, put one behind another.
 template <std::int64_t size>
 COMPACT_INLINE void collect(const float* from, std::ptrdiff_t apart, std::int64_t k, float* to) {
@@ -165,15 +165,15 @@ struct Kernels {
 #define COMPACT_KERNELS(Machine, instructions)                                                     \
   template <int R>                                                                                 \
   __attribute__((target(instructions))) void rows_##Machine(                                       \
-      const float* a, std::ptrdiff_t apart, const float* b, std::int64_t k, float* c,              \
-      std::ptrdiff_t stride, bool add, Ahead& ahead) {                                             \
-    tile<Machine, R>(a, apart, 1, b, k, c, stride, add, ahead);                                    \
+      const float* a, std::ptrdiff_t apart, const float* b, std::ptrdiff_t next,                   \
+      std::int64_t k, float* c, std::ptrdiff_t stride, bool add, Ahead& ahead) {                   \
+    tile<Machine, R>(a, apart, 1, b, next, k, c, stride, add, ahead);                              \
   }                                                                                                \
   template <int R>                                                                                 \
   __attribute__((target(instructions))) void columns_##Machine(                                    \
-      const float* a, std::ptrdiff_t apart, const float* b, std::int64_t k, float* c,              \
-      std::ptrdiff_t stride, bool add, Ahead& ahead) {                                             \
-    tile<Machine, R>(a, 1, apart, b, k, c, stride, add, ahead);                                    \
+      const float* a, std::ptrdiff_t apart, const float* b, std::ptrdiff_t next,                   \
+      std::int64_t k, float* c, std::ptrdiff_t stride, bool add, Ahead& ahead) {                   \
+    tile<Machine, R>(a, 1, apart, b, next, k, c, stride, add, ahead);                              \
   }                                                                                                \
   __attribute__((target(instructions))) inline void transpose_##Machine(                                  \
       const float* from, std::ptrdiff_t apart, std::int64_t k, float* to) {                        \
