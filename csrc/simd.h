@@ -22,7 +22,8 @@
 
 namespace compact {
 
-// 0: plain C++, 1: AVX2 and POPCNT, 2: AVX-512 too (F, BW, DQ, VL). Results never depend on it.
+// 0: plain C++, 1: AVX2 and POPCNT, 2: AVX-512 too (F, BW, DQ, VL). No more
+// than torch may use, where ATEN_CPU_CAPABILITY says. Results never depend on it.
 int simd_level();
 
 // For tests: -1 = detect, else no more than this level.

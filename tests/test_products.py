@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -244,3 +248,17 @@ def test_a_linear_layers_product_is_torchs(shape, transposed, dtype):
     found = linear(x, w)
     assert found.dtype == dtype
     torch.testing.assert_close(found, torch.nn.functional.linear(x, w), rtol=1e-5, atol=1e-5)
+
+
+@native
+@pytest.mark.parametrize(("named", "most"), [("avx2", 1), ("default", 0), (None, 2)])
+def test_who_limits_torch_limits_the_native_module(named, most):
+    """A comparison of the two under ATEN_CPU_CAPABILITY is one of equals."""
+    env = {k: v for k, v in os.environ.items() if k != "ATEN_CPU_CAPABILITY"}
+    if named is not None:
+        env["ATEN_CPU_CAPABILITY"] = named
+    ask = "from compact_fast import _native as m; print(m.simd_level(), m.can_multiply())"
+    told = subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True)
+    level, can = told.stdout.split()
+    assert int(level) <= most, told.stderr
+    assert can == str(int(level) > 0)  # of what has AVX2, all has FMA
