@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python -m bench.loss_speed [time] [memory] [--rounds 7] [--large]
 
-Variants run in turns (A B C A B C ...) and medians are compared; memory is how far a process of
+Variants run in turns (A B C C B A ...) and medians are compared; memory is how far a process of
 its own grew at its peak, gradients included, after the same call on a tiny batch; `memory` alone
 adds it to the times that are there. On a machine that others use, --processor-time takes the
 processor's time of one thread, which does not count waiting. Writes

@@ -1,6 +1,6 @@
 """How the benches measure and keep results.
 
-Machines are noisy: variants run in turns (A B C A B C ...), medians are compared, and what is
+Machines are noisy: variants run in turns (A B C C B A ...), medians are compared, and what is
 reported is a ratio inside one run. Every row of a result file says where and when it was measured.
 """
 
@@ -29,11 +29,16 @@ def interleaved(
     warm_up: int = 1,
     processor: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds of each variant's runs, taken in turns; of the processor's time if `processor`."""
+    """Seconds of each variant's runs, taken in turns; of the processor's time if `processor`.
+
+    Every other turn goes backwards: what ran before leaves the caches to the next one, and always
+    coming after the same one would count for or against it.
+    """
     clock = time.process_time if processor else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(warm_up + rounds):
-        for name, run in variants.items():
+        order = list(variants.items())
+        for name, run in reversed(order) if turn % 2 else order:
             start = clock()
             run()
             took = clock() - start

@@ -62,12 +62,12 @@ COMPACT_INLINE void apply(const void* from, const std::uint8_t* bits, void* to, 
   Entry* out = static_cast<Entry*>(to);
   std::int64_t i = begin;
   if (sizeof(Entry) == 4) {
-    const Lanes own = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+    const Lanes place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (; i + 16 <= end; i += 16) {
       const std::uint32_t both = bits[i / 8] | static_cast<std::uint32_t>(bits[i / 8 + 1]) << 8;
       Lanes v;
       std::memcpy(&v, x + i, sizeof v);
-      v = ((own & both) != 0) ? v : Lanes{};
+      v &= Lanes{} - (((Lanes{} + both) >> place) & 1);  // no comparison: see lanes.h
       std::memcpy(out + i, &v, sizeof v);
     }
   }

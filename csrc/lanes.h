@@ -22,7 +22,40 @@ COMPACT_INLINE Lanes load(const float* p) {
 
 COMPACT_INLINE void store(float* p, Lanes v) { std::memcpy(p, &v, sizeof v); }
 
-COMPACT_INLINE Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
+// Compilers compare vectors wider than the machine's entry by entry: here kBytes at a time, what an
+// instruction takes.
+template <int kBytes>
+struct Part {
+  typedef float Vector __attribute__((vector_size(kBytes)));
+  static COMPACT_INLINE Vector of(const Lanes& v, int i) {
+    Vector part;
+    std::memcpy(&part, reinterpret_cast<const char*>(&v) + i * kBytes, kBytes);
+    return part;
+  }
+};
+
+// a where x is below the bound, else b; NaN is not below it.
+template <int kBytes>
+COMPACT_INLINE Lanes where_below(Lanes x, float bound, Lanes a, Lanes b) {
+  typedef Part<kBytes> P;
+  Lanes out;
+  for (int i = 0; i < static_cast<int>(sizeof(Lanes)) / kBytes; ++i) {
+    const typename P::Vector part = P::of(x, i) < bound ? P::of(a, i) : P::of(b, i);
+    std::memcpy(reinterpret_cast<char*>(&out) + i * kBytes, &part, kBytes);
+  }
+  return out;
+}
+
+template <int kBytes>
+COMPACT_INLINE Lanes larger(Lanes a, Lanes b) {
+  typedef Part<kBytes> P;
+  Lanes out;
+  for (int i = 0; i < static_cast<int>(sizeof(Lanes)) / kBytes; ++i) {
+    const typename P::Vector part = P::of(a, i) > P::of(b, i) ? P::of(a, i) : P::of(b, i);
+    std::memcpy(reinterpret_cast<char*>(&out) + i * kBytes, &part, kBytes);
+  }
+  return out;
+}
 
 constexpr float kLowest = -87.0f;  // below, exp is not a normal number: 0
 

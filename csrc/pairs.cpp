@@ -34,6 +34,7 @@ struct Work {
 };
 
 // log p and p of a row's columns j .. j + count; what lies behind them counts for nothing.
+template <int kBytes>
 COMPACT_INLINE void probabilities(const float* row, std::int64_t count, Shift shift, Lanes& a,
                                   Lanes& p) {
   constexpr float least = -1e30f;  // for -inf: differences of two of them are 0
@@ -44,12 +45,12 @@ COMPACT_INLINE void probabilities(const float* row, std::int64_t count, Shift sh
   else
     std::memcpy(&z, row, static_cast<std::size_t>(count) * sizeof(float));
   a = (z - shift.high) - shift.low;
-  a = a < least + none ? least + none : a;  // NaN stays NaN
-  p = a < kLowest + none ? none : exp_of(a);
+  a = where_below<kBytes>(a, least, least + none, a);  // NaN stays NaN
+  p = where_below<kBytes>(a, kLowest, none, exp_of(a));
 }
 
 // kSize: rows in the set, or 0 for any number.
-template <int kSize>
+template <int kBytes, int kSize>
 COMPACT_INLINE void take_chunk(const Work& w, std::int64_t set, std::int64_t chunk) {
   const RowSets& s = w.sets;
   const std::int64_t first = s.cu[set];
@@ -68,7 +69,7 @@ COMPACT_INLINE void take_chunk(const Work& w, std::int64_t set, std::int64_t chu
     Lanes total[most * most] = {};
     for (std::int64_t col = begin; col < end; col += kLanes) {
       for (std::int64_t i = 0; i < size; ++i)
-        probabilities(row[i] + col, end - col, shift[i], a[i], p[i]);
+        probabilities<kBytes>(row[i] + col, end - col, shift[i], a[i], p[i]);
       for (std::int64_t i = 0; i < size; ++i)
         for (std::int64_t j = 0; j < size; ++j)
           if (i != j) total[i * size + j] += p[i] * (a[i] - a[j]);
@@ -81,7 +82,7 @@ COMPACT_INLINE void take_chunk(const Work& w, std::int64_t set, std::int64_t chu
   const float* c = w.c + w.cu_pairs[set];
   for (std::int64_t col = begin; col < end; col += kLanes) {
     for (std::int64_t i = 0; i < size; ++i)
-      probabilities(row[i] + col, end - col, shift[i], a[i], p[i]);
+      probabilities<kBytes>(row[i] + col, end - col, shift[i], a[i], p[i]);
     for (std::int64_t i = 0; i < size; ++i) {
       Lanes slope = Lanes{} + constant[i], rise = {};
       for (std::int64_t j = 0; j < size; ++j) {
@@ -98,32 +99,35 @@ COMPACT_INLINE void take_chunk(const Work& w, std::int64_t set, std::int64_t chu
   }
 }
 
+template <int kBytes>
 COMPACT_INLINE void take(const Work& w, std::int64_t begin, std::int64_t end) {
   for (std::int64_t task = begin; task < end; ++task) {
     const std::int64_t set = task / w.chunks, chunk = task % w.chunks;
     switch (w.sets.cu[set + 1] - w.sets.cu[set]) {
-      case 1: take_chunk<1>(w, set, chunk); break;
-      case 2: take_chunk<2>(w, set, chunk); break;
-      case 3: take_chunk<3>(w, set, chunk); break;
-      case 4: take_chunk<4>(w, set, chunk); break;
-      default: take_chunk<0>(w, set, chunk);
+      case 1: take_chunk<kBytes, 1>(w, set, chunk); break;
+      case 2: take_chunk<kBytes, 2>(w, set, chunk); break;
+      case 3: take_chunk<kBytes, 3>(w, set, chunk); break;
+      case 4: take_chunk<kBytes, 4>(w, set, chunk); break;
+      default: take_chunk<kBytes, 0>(w, set, chunk);
     }
   }
 }
 
 using Take = void (*)(const Work&, std::int64_t, std::int64_t);
 
-void take_plain(const Work& w, std::int64_t begin, std::int64_t end) { take(w, begin, end); }
+void take_plain(const Work& w, std::int64_t begin, std::int64_t end) {
+  take<16>(w, begin, end);
+}
 
 #if COMPACT_X86
 __attribute__((target("avx2"))) void take_avx2(const Work& w, std::int64_t begin,
                                                std::int64_t end) {
-  take(w, begin, end);
+  take<32>(w, begin, end);
 }
 
 __attribute__((target("avx512f"))) void take_avx512(const Work& w, std::int64_t begin,
                                                     std::int64_t end) {
-  take(w, begin, end);
+  take<64>(w, begin, end);
 }
 #endif
 

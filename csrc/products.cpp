@@ -47,7 +47,6 @@ struct Product {
   std::ptrdiff_t stride;
   std::int64_t m, n, k;
   bool add;
-  Kernels kernels;
   std::int64_t row_parts, column_parts;  // shared out in so many by so many
 };
 
@@ -66,26 +65,26 @@ constexpr std::int64_t parts_of(std::int64_t all, std::int64_t most) {
 class Share {
  public:
   Share(const Product& p, std::int64_t m0, std::int64_t m1, std::int64_t n0, std::int64_t n1)
-      : p_(p), strip_(p.kernels.strip), m0_(m0), m1_(m1), n0_(n0), n1_(n1) {
-    const std::int64_t high = p.kernels.rows, rows = m1 - m0, columns = n1 - n0;
+      : p_(p), m0_(m0), m1_(m1), n0_(n0), n1_(n1) {
+    const std::int64_t rows = m1 - m0, columns = n1 - n0;
     const std::int64_t spans = std::max<std::int64_t>(1, parts_of(p.k, kSpan));
     span_ = parts_of(parts_of(p.k, spans), kSteps) * kSteps;
-    strip_size_ = span_ * strip_;
-    const std::int64_t strips = parts_of(columns, strip_);
+    strip_size_ = span_ * kStrip;
+    const std::int64_t strips = parts_of(columns, kStrip);
     tall_ = rows > columns && strips * strip_size_ <= kHeld;
-    most_rows_ = tall_ ? kFew / 2 * high : std::max(high, kHeld / span_ / high * high);
-    most_columns_ = tall_ ? columns : strip_;
+    most_rows_ = tall_ ? kFew / 2 * kRows : std::max<std::int64_t>(1, kHeld / span_ / kRows) * kRows;
+    most_columns_ = tall_ ? columns : kStrip;
 
     by_columns_ = p.a.column != 1;
     in_place_ = !by_columns_ && p.a.row % kSame != 0;
-    apart_ = in_place_ ? p.a.row : by_columns_ ? (high <= 8 ? 8 : 16) : padded(span_);
+    apart_ = in_place_ ? p.a.row : by_columns_ ? kLanes : padded(span_);
     panel_ = by_columns_ ? padded(span_ * apart_) : apart_;
     const std::int64_t held = std::min(rows, most_rows_);
     thread_local Room a_room, b_room;
-    if (!in_place_) a_ = a_room.of((by_columns_ ? parts_of(held, high) : held) * panel_);
+    if (!in_place_) a_ = a_room.of((by_columns_ ? parts_of(held, kRows) : held) * panel_);
     b_ = b_room.of(tall_ ? strips * strip_size_ : strip_size_);
     // a strip is read where it lies, too, if so few panels pass by that packing it would cost more
-    b_in_place_ = !tall_ && p.b.column == 1 && rows <= (p.b.row % kSame != 0 ? kFew : 1) * high;
+    b_in_place_ = !tall_ && p.b.column == 1 && rows <= (p.b.row % kSame != 0 ? kFew : 1) * kRows;
   }
 
   void run() {
@@ -94,13 +93,13 @@ class Share {
       if (tall_) pack_b(t, k, n0_, n1_ - n0_);
       for (std::int64_t i = m0_; i < m1_; i += most_rows_) {
         const std::int64_t rows = std::min(most_rows_, m1_ - i);
-        const Panels panels{rows, parts_of(rows, p_.kernels.rows)};
+        const Panels panels{rows, parts_of(rows, kRows)};
         if (!in_place_) pack_a(t, k, panels, i);
         for (std::int64_t j = n0_; j < n1_; j += most_columns_) {
           const std::int64_t width = std::min(most_columns_, n1_ - j);
           if (!tall_ && !stays(width)) pack_b(t, k, j, width);
           Ahead ahead = tall_ ? after_rows(t, k, i + rows) : after_columns(t, k, j + width);
-          ahead.spread_over(panels.count * parts_of(width, strip_) * (k / kSteps));
+          ahead.spread_over(panels.count * parts_of(width, kStrip) * (k / kSteps));
           tiles(t, k, panels, i, j, width, ahead);
         }
       }
@@ -133,16 +132,17 @@ class Share {
   void tiles(std::int64_t t, std::int64_t k, const Panels& panels, std::int64_t i, std::int64_t j,
              std::int64_t width, Ahead& ahead) {
     const bool add = p_.add || t > 0;
-    const Tile* of = by_columns_ ? p_.kernels.of_columns : p_.kernels.of_rows;
+    constexpr std::make_integer_sequence<int, kRows> sizes{};
+    const Tile* of = by_columns_ ? column_tiles(sizes) : row_tiles(sizes);
     const float* b = stays(width) ? p_.b.data + t * p_.b.row + j : b_;
-    const std::ptrdiff_t next = stays(width) ? p_.b.row : strip_;
-    for (std::int64_t x = 0; x < width; x += strip_, b += strip_size_)
+    const std::ptrdiff_t next = stays(width) ? p_.b.row : kStrip;
+    for (std::int64_t x = 0; x < width; x += kStrip, b += strip_size_)
       for (std::int64_t q = 0; q < panels.count; ++q) {
         const std::int64_t first = panels.first(q), rows = panels.first(q + 1) - first;
         const float* a = in_place_ ? p_.a.data + (i + first) * p_.a.row + t
                                    : a_ + (by_columns_ ? q : first) * panel_;
         float* c = p_.c + (i + first) * p_.stride + j + x;
-        if (x + strip_ <= width)
+        if (x + kStrip <= width)
           of[rows - 1](a, apart_, b, next, k, c, p_.stride, add, ahead);
         else
           edge(of[rows - 1], a, b, k, c, rows, width - x, add, ahead);
@@ -150,16 +150,16 @@ class Share {
   }
 
   // Whether a strip of b, or what is left of one, is read where it lies.
-  bool stays(std::int64_t width) const { return b_in_place_ && width == strip_; }
+  bool stays(std::int64_t width) const { return b_in_place_ && width == kStrip; }
 
   // A tile of which c has not all columns.
   void edge(Tile tile, const float* a, const float* b, std::int64_t k, float* c, std::int64_t rows,
             std::int64_t width, bool add, Ahead& ahead) {
-    alignas(64) float whole[Avx512::kRows * kStrip<Avx512>];
-    tile(a, apart_, b, strip_, k, whole, strip_, false, ahead);
+    alignas(64) float whole[kRows * kStrip];
+    tile(a, apart_, b, kStrip, k, whole, kStrip, false, ahead);
     for (std::int64_t r = 0; r < rows; ++r)
       for (std::int64_t x = 0; x < width; ++x)
-        c[r * p_.stride + x] = (add ? c[r * p_.stride + x] : 0.0f) + whole[r * strip_ + x];
+        c[r * p_.stride + x] = (add ? c[r * p_.stride + x] : 0.0f) + whole[r * kStrip + x];
   }
 
   void pack_a(std::int64_t t, std::int64_t k, const Panels& panels, std::int64_t i) {
@@ -174,7 +174,7 @@ class Share {
       const std::int64_t first = panels.first(q), rows = panels.first(q + 1) - first;
       float* to = a_ + q * panel_;
       if (i + first + apart_ <= p_.m) {  // more than the panel has, but in one instruction
-        p_.kernels.collect_panel(from + first, a.column, k, to);
+        pack_rows<1>(from + first, a.column, k, to);
       } else {
         for (std::int64_t x = 0; x < k; ++x)
           std::copy_n(from + x * a.column + first, rows, to + x * apart_);
@@ -186,18 +186,18 @@ class Share {
     const Factor& b = p_.b;
     const float* from = b.data + t * b.row + j * b.column;
     float* to = b_;
-    for (; width >= strip_; width -= strip_, from += strip_ * b.column, to += strip_size_)
+    for (; width >= kStrip; width -= kStrip, from += kStrip * b.column, to += strip_size_)
       if (b.row == 1)
-        p_.kernels.transpose(from, b.column, k, to);
+        pack_columns(from, b.column, k, to);
       else
-        p_.kernels.collect_strip(from, b.row, k, to);
+        pack_rows<2>(from, b.row, k, to);
     for (std::int64_t x = 0; width > 0 && x < k; ++x)  // the last strip, filled up with zeros
-      for (std::int64_t y = 0; y < strip_; ++y)
-        to[x * strip_ + y] = y < width ? from[x * b.row + y * b.column] : 0.0f;
+      for (std::int64_t y = 0; y < kStrip; ++y)
+        to[x * kStrip + y] = y < width ? from[x * b.row + y * b.column] : 0.0f;
   }
 
   const Product& p_;
-  const std::int64_t strip_, m0_, m1_, n0_, n1_;
+  const std::int64_t m0_, m1_, n0_, n1_;
   bool tall_, by_columns_, in_place_, b_in_place_;
   std::int64_t span_, strip_size_, most_rows_, most_columns_;
   std::ptrdiff_t apart_, panel_;  // packed rows or columns of a, and packed rows or panels
@@ -207,14 +207,14 @@ class Share {
 
 void share(void* data, int part, int parts) {
   const Product& p = *static_cast<Product*>(data);
-  const std::int64_t strips = parts_of(p.n, p.kernels.strip);
+  const std::int64_t strips = parts_of(p.n, kStrip);
   // there may be fewer threads than were asked for
   for (std::int64_t at = part; at < p.row_parts * p.column_parts; at += parts) {
     const std::int64_t row = at % p.row_parts, column = at / p.row_parts;
     const std::int64_t m0 = p.m * row / p.row_parts, m1 = p.m * (row + 1) / p.row_parts;
-    const std::int64_t n0 = strips * column / p.column_parts * p.kernels.strip;
+    const std::int64_t n0 = strips * column / p.column_parts * kStrip;
     const std::int64_t n1 =
-        std::min(p.n, strips * (column + 1) / p.column_parts * p.kernels.strip);
+        std::min(p.n, strips * (column + 1) / p.column_parts * kStrip);
     if (m0 < m1 && n0 < n1) Share(p, m0, m1, n0, n1).run();
   }
 }
@@ -223,20 +223,19 @@ void share(void* data, int part, int parts) {
 double cost(const Product& p, std::int64_t row_parts, std::int64_t column_parts) {
   const auto rows = static_cast<double>(parts_of(p.m, row_parts));
   const auto columns = static_cast<double>(
-      parts_of(parts_of(p.n, p.kernels.strip), column_parts) * p.kernels.strip);
+      parts_of(parts_of(p.n, kStrip), column_parts) * kStrip);
   return rows * columns + 4.0 * (rows + 2.0 * columns);
 }
 
 }  // namespace
 
 bool can_multiply() {
-  static const bool fused = __builtin_cpu_supports("fma");
-  return fused && simd_level() > 0;
+  return simd_level() > 1;
 }
 
 void multiply(const Factor& a, const Factor& b, float* c, std::ptrdiff_t stride, std::int64_t m,
               std::int64_t n, std::int64_t k, bool add, int threads) {
-  Product p{a, b, c, stride, m, n, k, add, widest(), 1, 1};
+  Product p{a, b, c, stride, m, n, k, add, 1, 1};
   if (m * n * k < 1 << 18) threads = 1;  // too little to share
   double least = -1.0;
   for (std::int64_t rows = 1; rows <= threads; ++rows) {

@@ -16,15 +16,16 @@ namespace compact {
 
 namespace {
 
+template <int kBytes>
 COMPACT_INLINE float largest(const float* row, std::int64_t width) {
   constexpr float lowest = -std::numeric_limits<float>::infinity();
   Lanes top[4] = {Lanes{} + lowest, Lanes{} + lowest, Lanes{} + lowest, Lanes{} + lowest};
   std::int64_t j = 0;
   for (; j + 4 * kLanes <= width; j += 4 * kLanes)
-    for (int k = 0; k < 4; ++k) top[k] = larger(load(row + j + k * kLanes), top[k]);
+    for (int k = 0; k < 4; ++k) top[k] = larger<kBytes>(load(row + j + k * kLanes), top[k]);
   float best = lowest;
   for (; j < width; ++j) best = row[j] > best ? row[j] : best;
-  const Lanes all = larger(larger(top[0], top[1]), larger(top[2], top[3]));
+  const Lanes all = larger<kBytes>(larger<kBytes>(top[0], top[1]), larger<kBytes>(top[2], top[3]));
   for (std::int64_t k = 0; k < kLanes; ++k) best = all[k] > best ? all[k] : best;
   return best;
 }
@@ -35,30 +36,30 @@ struct Sums {
   Lanes weighted[4] = {};
 };
 
-template <bool kWeighted>
+template <int kBytes, bool kWeighted>
 COMPACT_INLINE Lanes exponentials(Lanes z, float top, Lanes& plain, Lanes& weighted) {
   const Lanes x = z - top, none = {};
-  const Lanes e = x < kLowest + none ? none : exp_of(x);
+  const Lanes e = where_below<kBytes>(x, kLowest, none, exp_of(x));
   plain += e;
-  if (kWeighted) weighted += x < kLowest + none ? none : e * x;  // -inf x 0 is not 0
+  if (kWeighted) weighted += where_below<kBytes>(x, kLowest, none, e * x);  // -inf x 0 is not 0
   return e;
 }
 
-template <bool kWeighted, bool kStore>
+template <int kBytes, bool kWeighted, bool kStore>
 COMPACT_INLINE void take_row(float* row, std::int64_t width, float top, float& total, float& more) {
   Sums s;
   std::int64_t j = 0;
   for (; j + 4 * kLanes <= width; j += 4 * kLanes)
     for (int k = 0; k < 4; ++k) {
       float* at = row + j + k * kLanes;
-      const Lanes e = exponentials<kWeighted>(load(at), top, s.plain[k], s.weighted[k]);
+      const Lanes e = exponentials<kBytes, kWeighted>(load(at), top, s.plain[k], s.weighted[k]);
       if (kStore) store(at, e);
     }
   for (; j < width; j += kLanes) {  // the rest, filled up with what becomes 0
     const std::int64_t count = std::min(kLanes, width - j);
     Lanes v = Lanes{} - std::numeric_limits<float>::infinity();
     std::memcpy(&v, row + j, static_cast<std::size_t>(count) * sizeof(float));
-    v = exponentials<kWeighted>(v, top, s.plain[0], s.weighted[0]);
+    v = exponentials<kBytes, kWeighted>(v, top, s.plain[0], s.weighted[0]);
     if (kStore) std::memcpy(row + j, &v, static_cast<std::size_t>(count) * sizeof(float));
   }
   total = sum((s.plain[0] + s.plain[1]) + (s.plain[2] + s.plain[3]));
@@ -73,6 +74,7 @@ struct Work {
   float* shrink;
 };
 
+template <int kBytes>
 COMPACT_INLINE void update(const Work& w, std::int64_t begin, std::int64_t end) {
   const RunningRows& rows = w.rows;
   for (std::int64_t i = begin; i < end; ++i) {
@@ -85,7 +87,7 @@ COMPACT_INLINE void update(const Work& w, std::int64_t begin, std::int64_t end) 
       rows.at_target[i] = value = row[at];
       row[at] = -std::numeric_limits<float>::infinity();
     }
-    float top = largest(row, w.width);
+    float top = largest<kBytes>(row, w.width);
     if (here && rows.weighted) {
       bool before = old >= value;
       if (top == value)
@@ -97,12 +99,12 @@ COMPACT_INLINE void update(const Work& w, std::int64_t begin, std::int64_t end) 
     float total, more;
     const bool raw = i >= rows.raw_begin && i < rows.raw_end;
     if (rows.weighted) {
-      raw ? take_row<true, false>(row, w.width, top, total, more)
-          : take_row<true, true>(row, w.width, top, total, more);
+      raw ? take_row<kBytes, true, false>(row, w.width, top, total, more)
+          : take_row<kBytes, true, true>(row, w.width, top, total, more);
       rows.weighted[i] = by * (rows.weighted[i] + (old - top) * rows.rest[i]) + more;
     } else {
-      raw ? take_row<false, false>(row, w.width, top, total, more)
-          : take_row<false, true>(row, w.width, top, total, more);
+      raw ? take_row<kBytes, false, false>(row, w.width, top, total, more)
+          : take_row<kBytes, false, true>(row, w.width, top, total, more);
     }
     if (raw && here) row[at] = value;
     rows.rest[i] = rows.rest[i] * by + total;
@@ -113,17 +115,19 @@ COMPACT_INLINE void update(const Work& w, std::int64_t begin, std::int64_t end) 
 
 using Update = void (*)(const Work&, std::int64_t, std::int64_t);
 
-void update_plain(const Work& w, std::int64_t begin, std::int64_t end) { update(w, begin, end); }
+void update_plain(const Work& w, std::int64_t begin, std::int64_t end) {
+  update<16>(w, begin, end);
+}
 
 #if COMPACT_X86
 __attribute__((target("avx2"))) void update_avx2(const Work& w, std::int64_t begin,
                                                  std::int64_t end) {
-  update(w, begin, end);
+  update<32>(w, begin, end);
 }
 
 __attribute__((target("avx512f"))) void update_avx512(const Work& w, std::int64_t begin,
                                                       std::int64_t end) {
-  update(w, begin, end);
+  update<64>(w, begin, end);
 }
 #endif
 

@@ -182,20 +182,18 @@ def test_native_products_round_as_well_as_torchs(shape, orders):
 
 @native
 def test_an_entry_depends_on_its_row_and_its_column_alone():
-    """The same bits beside any other rows and columns, for any threads and instructions."""
-    module, threads = load_native(), torch.get_num_threads()
+    """The same bits beside any other rows and columns, for any threads."""
+    threads = torch.get_num_threads()
     torch.manual_seed(0)
     a, b = torch.randn(300, 700), torch.randn(700, 500)
     whole = multiply(torch.empty(300, 500), a, b)
     some = multiply(torch.empty(41, 77), a[100:141], b[:, 33:110])
     assert torch.equal(some, whole[100:141, 33:110])
     try:
-        for level, count in ((1, 1), (1, 3), (-1, 2), (-1, 4)):
-            module.force_simd_level(level)
+        for count in (1, 2, 3, 4):
             torch.set_num_threads(count)
             assert torch.equal(multiply(torch.empty(300, 500), a, b), whole)
     finally:
-        module.force_simd_level(-1)
         torch.set_num_threads(threads)
 
 
@@ -250,7 +248,7 @@ def test_a_linear_layers_product_is_torchs(shape, transposed, dtype):
     torch.testing.assert_close(found, torch.nn.functional.linear(x, w), rtol=1e-5, atol=1e-5)
 
 
-@native
+@pytest.mark.skipif(isinstance(load_native(), str), reason="no native module")
 @pytest.mark.parametrize(("named", "most"), [("avx2", 1), ("default", 0), (None, 2)])
 def test_who_limits_torch_limits_the_native_module(named, most):
     """A comparison of the two under ATEN_CPU_CAPABILITY is one of equals."""
@@ -261,4 +259,4 @@ def test_who_limits_torch_limits_the_native_module(named, most):
     told = subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True)
     level, can = told.stdout.split()
     assert int(level) <= most, told.stderr
-    assert can == str(int(level) > 0)  # of what has AVX2, all has FMA
+    assert can == str(int(level) > 1)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compact_fast.backends import Choice, choose
+from compact_fast.backends import Choice, choose, gradients
 from compact_fast.backends.torch_backend import ANSWER_BYTES, CHUNK_BYTES, HOLD_BYTES
 from compact_fast.heap import resident_bytes, trim
 from compact_fast.lean import make_lean
@@ -353,6 +353,7 @@ def _give_back() -> None:
     """Return freed memory to the system, where the C library can."""
     gc.collect()
     give_back()
+    gradients.give_back()
     trim()
 
 
