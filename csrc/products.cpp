@@ -16,8 +16,13 @@ namespace {
 
 constexpr std::int64_t kSpan = 320;         // terms of a sum between two visits of c
 constexpr std::int64_t kHeld = 160 * 1024;  // entries that wait packed, in the second cache
-constexpr std::int64_t kFew = 6;            // panels
+constexpr std::int64_t kFew = 6;             // panels, for which packing a strip of b does not pay
+constexpr std::int64_t kPackedTogether = 3;  // panels packed at a time, where strips wait
 constexpr std::int64_t kSame = 256;  // rows so many floats apart share a quarter of the first cache
+
+constexpr std::int64_t parts_of(std::int64_t all, std::int64_t most) {
+  return (all + most - 1) / most;
+}
 
 // Memory of a thread, kept from call to call: fresh memory costs more than filling it.
 class Room {
@@ -27,7 +32,7 @@ class Room {
       std::free(data_);
       data_ = nullptr;
       size_ = 0;
-      const auto bytes = static_cast<std::size_t>((size + kLine - 1) / kLine * kLine) * sizeof(float);
+      const auto bytes = static_cast<std::size_t>(parts_of(size, kLine) * kLine) * sizeof(float);
       data_ = static_cast<float*>(std::aligned_alloc(64, bytes));
       if (data_ == nullptr) throw std::bad_alloc();
       size_ = size;
@@ -56,10 +61,6 @@ struct Panels {
   std::int64_t first(std::int64_t i) const { return rows * i / count; }
 };
 
-constexpr std::int64_t parts_of(std::int64_t all, std::int64_t most) {
-  return (all + most - 1) / most;
-}
-
 // One thread's rectangle of c. One factor waits packed, as much of it as the cache takes, while the
 // other one passes by: strips of b by panels of a, or in a `tall` c panels by strips.
 class Share {
@@ -72,7 +73,7 @@ class Share {
     strip_size_ = span_ * kStrip;
     const std::int64_t strips = parts_of(columns, kStrip);
     tall_ = rows > columns && strips * strip_size_ <= kHeld;
-    most_rows_ = tall_ ? kFew / 2 * kRows : std::max<std::int64_t>(1, kHeld / span_ / kRows) * kRows;
+    most_rows_ = (tall_ ? kPackedTogether : std::max<std::int64_t>(1, kHeld / span_ / kRows)) * kRows;
     most_columns_ = tall_ ? columns : kStrip;
 
     by_columns_ = p.a.column != 1;
@@ -213,8 +214,7 @@ void share(void* data, int part, int parts) {
     const std::int64_t row = at % p.row_parts, column = at / p.row_parts;
     const std::int64_t m0 = p.m * row / p.row_parts, m1 = p.m * (row + 1) / p.row_parts;
     const std::int64_t n0 = strips * column / p.column_parts * kStrip;
-    const std::int64_t n1 =
-        std::min(p.n, strips * (column + 1) / p.column_parts * kStrip);
+    const std::int64_t n1 = std::min(p.n, strips * (column + 1) / p.column_parts * kStrip);
     if (m0 < m1 && n0 < n1) Share(p, m0, m1, n0, n1).run();
   }
 }
@@ -222,16 +222,14 @@ void share(void* data, int part, int parts) {
 // Threads times the longest share's work: its tiles, and what it packs for them.
 double cost(const Product& p, std::int64_t row_parts, std::int64_t column_parts) {
   const auto rows = static_cast<double>(parts_of(p.m, row_parts));
-  const auto columns = static_cast<double>(
-      parts_of(parts_of(p.n, kStrip), column_parts) * kStrip);
+  const auto columns =
+      static_cast<double>(parts_of(parts_of(p.n, kStrip), column_parts) * kStrip);
   return rows * columns + 4.0 * (rows + 2.0 * columns);
 }
 
 }  // namespace
 
-bool can_multiply() {
-  return simd_level() > 1;
-}
+bool can_multiply() { return simd_level() > 1; }
 
 void multiply(const Factor& a, const Factor& b, float* c, std::ptrdiff_t stride, std::int64_t m,
               std::int64_t n, std::int64_t k, bool add, int threads) {
