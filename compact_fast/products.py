@@ -36,9 +36,7 @@ def quick(like: Tensor) -> Linear | None:
 
     w may be a transposed view. It knows no autograd and always makes new memory.
     """
-    if like.device.type != "cpu" or like.dtype != torch.float32:
-        return None
-    return _onednn() if torch.backends.mkldnn.enabled else None
+    return _onednn() if _plain(like) and torch.backends.mkldnn.enabled else None
 
 
 def linear(x: Tensor, w: Tensor) -> Tensor:
@@ -59,10 +57,9 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
     """out [m, n] = a [m, k] b [k, n], or += with `add`; all of one dtype. Returns `out`."""
-    product = _native() if _plain(out) and _plain(a) and _plain(b) else None
-    if product is None or 0 in (*out.shape, a.shape[1]) or out.stride(1) != 1:
-        return out.addmm_(a, b, beta=int(add))
-    if 1 not in a.stride() or 1 not in b.stride():
+    product = _native() if all(map(_plain, (out, a, b))) else None
+    along = out.stride(1) == 1 and 1 in a.stride() and 1 in b.stride()
+    if product is None or not along or 0 in (*out.shape, a.shape[1]):
         return out.addmm_(a, b, beta=int(add))
     product(
         a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), out.data_ptr(), out.stride(0),

@@ -36,11 +36,11 @@ struct Part {
 
 // a where x is below the bound, else b; NaN is not below it.
 template <int kBytes>
-COMPACT_INLINE Lanes where_below(Lanes x, float bound, Lanes a, Lanes b) {
+COMPACT_INLINE Lanes where_below(Lanes x, Lanes bound, Lanes a, Lanes b) {
   typedef Part<kBytes> P;
   Lanes out;
   for (int i = 0; i < static_cast<int>(sizeof(Lanes)) / kBytes; ++i) {
-    const typename P::Vector part = P::of(x, i) < bound ? P::of(a, i) : P::of(b, i);
+    const typename P::Vector part = P::of(x, i) < P::of(bound, i) ? P::of(a, i) : P::of(b, i);
     std::memcpy(reinterpret_cast<char*>(&out) + i * kBytes, &part, kBytes);
   }
   return out;
@@ -48,13 +48,7 @@ COMPACT_INLINE Lanes where_below(Lanes x, float bound, Lanes a, Lanes b) {
 
 template <int kBytes>
 COMPACT_INLINE Lanes larger(Lanes a, Lanes b) {
-  typedef Part<kBytes> P;
-  Lanes out;
-  for (int i = 0; i < static_cast<int>(sizeof(Lanes)) / kBytes; ++i) {
-    const typename P::Vector part = P::of(a, i) > P::of(b, i) ? P::of(a, i) : P::of(b, i);
-    std::memcpy(reinterpret_cast<char*>(&out) + i * kBytes, &part, kBytes);
-  }
-  return out;
+  return where_below<kBytes>(b, a, a, b);
 }
 
 constexpr float kLowest = -87.0f;  // below, exp is not a normal number: 0

@@ -45,8 +45,8 @@ COMPACT_INLINE void probabilities(const float* row, std::int64_t count, Shift sh
   else
     std::memcpy(&z, row, static_cast<std::size_t>(count) * sizeof(float));
   a = (z - shift.high) - shift.low;
-  a = where_below<kBytes>(a, least, least + none, a);  // NaN stays NaN
-  p = where_below<kBytes>(a, kLowest, none, exp_of(a));
+  a = where_below<kBytes>(a, least + none, least + none, a);  // NaN stays NaN
+  p = where_below<kBytes>(a, kLowest + none, none, exp_of(a));
 }
 
 // kSize: rows in the set, or 0 for any number.

@@ -20,10 +20,6 @@ constexpr std::int64_t kFew = 6;             // panels, for which packing a stri
 constexpr std::int64_t kPackedTogether = 3;  // panels packed at a time, where strips wait
 constexpr std::int64_t kSame = 256;  // rows so many floats apart share a quarter of the first cache
 
-constexpr std::int64_t parts_of(std::int64_t all, std::int64_t most) {
-  return (all + most - 1) / most;
-}
-
 // Memory of a thread, kept from call to call: fresh memory costs more than filling it.
 class Room {
  public:
@@ -134,7 +130,7 @@ class Share {
              std::int64_t width, Ahead& ahead) {
     const bool add = p_.add || t > 0;
     constexpr std::make_integer_sequence<int, kRows> sizes{};
-    const Tile* of = by_columns_ ? column_tiles(sizes) : row_tiles(sizes);
+    const Tile* of = by_columns_ ? tiles_of<true>(sizes) : tiles_of<false>(sizes);
     const float* b = stays(width) ? p_.b.data + t * p_.b.row + j : b_;
     const std::ptrdiff_t next = stays(width) ? p_.b.row : kStrip;
     for (std::int64_t x = 0; x < width; x += kStrip, b += strip_size_)

@@ -39,9 +39,9 @@ struct Sums {
 template <int kBytes, bool kWeighted>
 COMPACT_INLINE Lanes exponentials(Lanes z, float top, Lanes& plain, Lanes& weighted) {
   const Lanes x = z - top, none = {};
-  const Lanes e = where_below<kBytes>(x, kLowest, none, exp_of(x));
+  const Lanes e = where_below<kBytes>(x, kLowest + none, none, exp_of(x));
   plain += e;
-  if (kWeighted) weighted += where_below<kBytes>(x, kLowest, none, e * x);  // -inf x 0 is not 0
+  if (kWeighted) weighted += where_below<kBytes>(x, kLowest + none, none, e * x);  // -inf x 0 is not 0
   return e;
 }
 

@@ -28,6 +28,10 @@ constexpr std::int64_t kLine = 16;  // floats of a cache line
 constexpr int kRows = 14;
 constexpr std::int64_t kStrip = 2 * kLanes;
 
+constexpr std::int64_t parts_of(std::int64_t all, std::int64_t most) {
+  return (all + most - 1) / most;
+}
+
 // Memory that will be wanted soon, fetched line by line while tiles are at work.
 struct Ahead {
   const float* row = nullptr;
@@ -49,7 +53,7 @@ struct Ahead {
 
   // So that all is there after so many calls.
   void spread_over(std::int64_t calls) {
-    const std::int64_t lines = rows > 0 ? rows * ((width + kLine - 1) / kLine) : 0;
+    const std::int64_t lines = rows > 0 ? rows * parts_of(width, kLine) : 0;
     each = lines / std::max<std::int64_t>(1, calls) + 1;
   }
 };
@@ -143,32 +147,18 @@ COMPACT_AVX512 void pack_rows(const float* from, std::ptrdiff_t apart, std::int6
 using Tile = void (*)(const float* a, std::ptrdiff_t apart, const float* b, std::ptrdiff_t next,
                       std::int64_t k, float* c, std::ptrdiff_t stride, bool add, Ahead& ahead);
 
-// Rows of a `apart`, each of which lies together.
-template <int R>
-COMPACT_AVX512 void row_tile(const float* a, std::ptrdiff_t apart, const float* b,
-                             std::ptrdiff_t next, std::int64_t k, float* c, std::ptrdiff_t stride,
-                             bool add, Ahead& ahead) {
-  tile<R>(a, apart, 1, b, next, k, c, stride, add, ahead);
-}
-
-// Columns of a `apart`, each of which lies together.
-template <int R>
-COMPACT_AVX512 void column_tile(const float* a, std::ptrdiff_t apart, const float* b,
-                                std::ptrdiff_t next, std::int64_t k, float* c,
-                                std::ptrdiff_t stride, bool add, Ahead& ahead) {
-  tile<R>(a, 1, apart, b, next, k, c, stride, add, ahead);
+// Rows of a, or its columns, `apart`, each of which lies together.
+template <bool kColumns, int R>
+COMPACT_AVX512 void tile_of(const float* a, std::ptrdiff_t apart, const float* b,
+                            std::ptrdiff_t next, std::int64_t k, float* c, std::ptrdiff_t stride,
+                            bool add, Ahead& ahead) {
+  tile<R>(a, kColumns ? 1 : apart, kColumns ? apart : 1, b, next, k, c, stride, add, ahead);
 }
 
 // By the number of rows, less 1.
-template <int... I>
-const Tile* row_tiles(std::integer_sequence<int, I...>) {
-  static const Tile all[] = {row_tile<I + 1>...};
-  return all;
-}
-
-template <int... I>
-const Tile* column_tiles(std::integer_sequence<int, I...>) {
-  static const Tile all[] = {column_tile<I + 1>...};
+template <bool kColumns, int... I>
+const Tile* tiles_of(std::integer_sequence<int, I...>) {
+  static const Tile all[] = {tile_of<kColumns, I + 1>...};
   return all;
 }
 
