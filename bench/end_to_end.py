@@ -7,8 +7,9 @@
 FOLDER holds gsm8k_test_openai.jsonl and gsm8k_train_eit.jsonl (docs/throughput.md says what they
 are); it may also come from COMPACT_FAST_DATA. Every variant takes one optimizer step on the same
 questions: tokens at hand, forward and backward passes, clipping, AdamW on LoRA adapters, float32.
-Every variant's every step has a process of its own, as a user's run has, after one pass to warm up:
-what one trainer leaves in the C library's heap makes the next one slower. --together N reads N
+Every variant's every step has a process of its own, as a user's run has, after one step to warm up:
+what one trainer leaves in the C library's heap makes the next one slower, and memory that is taken
+from the system for the first time costs as much as some passes. --together N reads N
 questions a pass. Rows go into bench/results/end_to_end.csv; a new measurement replaces the row it
 repeats on the same device.
 """
@@ -167,8 +168,8 @@ def small_llama(vocabulary: int) -> Any:
 
 # ---- the variants ----------------------------------------------------------------------------
 
-Step = Callable[[Clock, int | None], None]
-"""One optimizer step, over all questions or so many of the first."""
+Step = Callable[[Clock], None]
+"""One optimizer step over all questions."""
 
 
 def make_step(variant: str, work: Work, scratch: str) -> Step:
@@ -187,10 +188,9 @@ def trainer_step(trainer: Any) -> Step:
     model, passes = trainer.model, len(loader)
     trainer.current_gradient_accumulation_steps = passes
 
-    def step(clock: Clock, questions: int | None = None) -> None:
+    def step(clock: Clock) -> None:
         with clock.watch(model):
-            wanted = passes if questions is None else questions
-            batches, items = trainer.get_batch_samples(iter(loader), wanted, trainer.args.device)
+            batches, items = trainer.get_batch_samples(iter(loader), passes, trainer.args.device)
             for batch in batches:
                 trainer.training_step(model, batch, items)
             clock.enter("optimizer")
@@ -315,10 +315,10 @@ def published_step(work: Work) -> Step:
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
     thinking = torch.tensor(work.thinking_ids, device=device)
 
-    def step(clock: Clock, questions: int | None = None) -> None:
+    def step(clock: Clock) -> None:
         model.train()
         with clock.watch(model):
-            for row in work.rows[:questions]:
+            for row in work.rows:
                 clock.enter("data")
                 batch = collate([row], thinking_ids=work.thinking_ids, pad_id=0, keep_padding=True)
                 labels = torch.full_like(batch.input_ids, -100)
@@ -362,10 +362,10 @@ def measure_here(asked: Asked) -> dict[str, Any]:
         if asked.memory:
             torch.randn(512, 512) @ torch.randn(512, 512)  # the maths library's own buffers
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            return {"peak_extra_mb": round(rise_mb(lambda: step(Clock(), None), device), 1)}
-        step(Clock(), 1)  # warm-up
+            return {"peak_extra_mb": round(rise_mb(lambda: step(Clock()), device), 1)}
+        step(Clock())  # warm-up
         with clock.round():
-            step(clock, None)
+            step(clock)
     sizes = {"label_tokens": work.label_tokens, "body_positions": clock.positions}
     return {**sizes, **clock.rounds[0]}
 
@@ -446,7 +446,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=WORDS, default=list(WORDS))
     parser.add_argument("--questions", type=int, default=4, help="questions in a step")
     parser.add_argument("--together", type=int, default=1, help="questions a pass")
-    parser.add_argument("--rounds", type=int, default=3, help="steps that count, after a pass")
+    parser.add_argument("--rounds", type=int, default=3, help="steps that count")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--plot", action="store_true", help="draw the kept rows; measures nothing")
     given = parser.parse_args()

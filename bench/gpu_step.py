@@ -97,13 +97,13 @@ def measure(
         steps = {v: step_of(v, work, f"{scratch}/{v}") for v in variants}
         peaks: dict[str, float | None] = {}
         for variant, step in steps.items():
-            step(Clock(), None)  # compiles, and makes the optimizer's state
-            peaks[variant] = rise_mb(lambda step=step: step(Clock(), None), device)  # type: ignore[misc]
+            step(Clock())  # compiles, and makes the optimizer's state
+            peaks[variant] = rise_mb(lambda step=step: step(Clock()), device)  # type: ignore[misc]
         clocks = {v: Clock() for v in variants}
         for _ in range(rounds):
             for variant, step in steps.items():
                 with clocks[variant].round():
-                    step(clocks[variant], None)
+                    step(clocks[variant])
     n = len(work.rows)
     for variant, clock in clocks.items():
         wall = statistics.median(r["wall"] for r in clock.rounds)

@@ -16,6 +16,8 @@ from operator import mul
 import torch
 from torch import Tensor
 
+LONG = 4096  # times that others were taken: two to three steps of a model of 30 layers
+
 
 class Chunk:
     """A piece of memory. `reach`: so many of its bytes were ever in use."""
@@ -24,6 +26,7 @@ class Chunk:
         self.memory = _map(size)
         self.address = self.storage().data_ptr()
         self.reach = 0
+        self.last = 0  # when it was taken, as its owner counts
 
     def __len__(self) -> int:
         return len(self.memory)
@@ -66,12 +69,19 @@ class Chunks(threading.local):
         found = next((c for c in free if len(c) >= size), None)
         if found is not None:
             return found
-        wanted = max(usual, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+        wanted = max(usual, size)
         self.let_go(wanted)
-        new = Chunk(wanted)
+        return self._make(wanted)
+
+    def _make(self, size: int) -> Chunk:
+        new = Chunk(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
         self.all.append(new)
         self._addresses.add(new.address)
         return new
+
+    def _drop(self, chunk: Chunk) -> None:
+        self.all.remove(chunk)
+        self._addresses.remove(chunk.address)
 
     def whole(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor in a chunk of its own, to which nothing has been written."""
@@ -86,14 +96,34 @@ class Chunks(threading.local):
         free, before = sorted((c for c in self.all if c.empty), key=len), self.reach
         while free and wanted > 0:
             chunk = free.pop()
-            self.all.remove(chunk)
-            self._addresses.remove(chunk.address)
+            self._drop(chunk)
             wanted -= len(chunk)
         return before - self.reach
 
     def give_back(self) -> None:
         """Return all those in which nothing lies."""
         self.let_go(self.size)
+
+
+class Recycled(Chunks):
+    """Chunks for tensors that are gone soon and come again: each of about its tensor's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._taken = 0
+
+    def take(self, size: int, usual: int) -> Chunk:
+        """One of at least `size` bytes and at most twice as many in which nothing lies; for a new
+        one those go that were not taken for long."""
+        self._taken += 1
+        fit = (c for c in self.all if size <= len(c) <= 2 * size and c.empty)
+        found = min(fit, key=len, default=None)
+        if found is None:
+            for chunk in [c for c in self.all if self._taken - c.last > LONG and c.empty]:
+                self._drop(chunk)
+            found = self._make(usual)
+        found.last = self._taken
+        return found
 
 
 def bytes_of(shape: tuple[int, ...], dtype: torch.dtype) -> int:

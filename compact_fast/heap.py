@@ -14,7 +14,6 @@ import os
 import threading
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 LEAST_GROWTH = 24 << 20  # bytes
 MOST_IN_HEAP = 32 << 20  # bytes of a block; glibc allows no more
@@ -60,7 +59,11 @@ class Heap(threading.local):
 def resident_bytes() -> int:
     """Physical memory of this process; 0 where the system does not tell."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+        file = os.open("/proc/self/statm", os.O_RDONLY)  # as often as this is read, not by `Path`
+        try:
+            return int(os.read(file, 128).split()[1]) * mmap.PAGESIZE
+        finally:
+            os.close(file)
     except (OSError, IndexError, ValueError):
         return 0
 

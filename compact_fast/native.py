@@ -6,7 +6,7 @@ import importlib
 from functools import cache
 from types import ModuleType
 
-ABI = 6  # of csrc/bindings.cpp
+ABI = 7  # of csrc/bindings.cpp
 
 
 @cache

@@ -29,6 +29,11 @@ FEW = 32  # rows; for fewer the native module would pack a weight to read it har
 LONGEST = 4096  # terms of a sum: oneDNN adds them in a row and rounds more, where MKL parts them
 
 Linear = Callable[[Tensor, Tensor], Tensor]
+Room = Callable[[tuple[int, ...], Tensor], Tensor]
+
+
+def _room(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return like.new_empty(shape)
 
 
 def quick(like: Tensor) -> Linear | None:
@@ -39,19 +44,18 @@ def quick(like: Tensor) -> Linear | None:
     return _onednn() if _plain(like) and torch.backends.mkldnn.enabled else None
 
 
-def linear(x: Tensor, w: Tensor) -> Tensor:
+def linear(x: Tensor, w: Tensor, room: Room = _room) -> Tensor:
     """x [..., in], w [out, in] -> x w^T [..., out]; w may be a transposed view.
 
-    It knows no autograd where it is not torch's own.
+    `room(shape, like)`: memory for it, which a library may not ask for. It knows no autograd.
     """
     product = quick(x)
     if product is not None:
         return product(x, w)
-    rows = x.numel() // max(1, x.shape[-1])
-    if rows < FEW or not _plain(x) or _native() is None:
+    if x.device.type != "cpu" or x.numel() < FEW * x.shape[-1]:
         return torch.nn.functional.linear(x, w)
-    out = x.new_empty(*x.shape[:-1], w.shape[0])
-    multiply(out.view(rows, w.shape[0]), x.reshape(rows, x.shape[-1]), w.T)
+    out = room((*x.shape[:-1], w.shape[0]), x)
+    multiply(out.view(-1, w.shape[0]), x.reshape(-1, x.shape[-1]), w.T)
     return out
 
 

@@ -11,6 +11,7 @@
 
 #include "consensus.h"
 #include "dropout.h"
+#include "layers.h"
 #include "pairs.h"
 #include "parallel.h"
 #include "products.h"
@@ -22,7 +23,7 @@ using namespace compact;
 
 namespace {
 
-constexpr int kAbi = 6;
+constexpr int kAbi = 7;
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
@@ -405,6 +406,47 @@ void dropout_apply(std::uintptr_t x, int size, std::uintptr_t bits, std::uintptr
   apply_bits(reinterpret_cast<const void*>(x), size, reinterpret_cast<const std::uint8_t*>(bits),
              reinterpret_cast<void*>(out), n, threads);
 }
+
+float* floats_at(std::uintptr_t address) { return reinterpret_cast<float*>(address); }
+
+void gate_rows(std::uintptr_t gate, std::uintptr_t up, std::uintptr_t out, std::int64_t n,
+               int threads) {
+  py::gil_scoped_release release;
+  gated(floats_at(gate), floats_at(up), floats_at(out), n, threads);
+}
+
+void gate_gradients(std::uintptr_t grad, std::uintptr_t gate, std::uintptr_t up,
+                    std::uintptr_t g_gate, std::uintptr_t g_up, std::int64_t n, int threads) {
+  py::gil_scoped_release release;
+  gated_back(floats_at(grad), floats_at(gate), floats_at(up), floats_at(g_gate), floats_at(g_up), n,
+             threads);
+}
+
+void norm_rows(std::uintptr_t x, std::uintptr_t weight, float eps, std::uintptr_t inverse,
+               std::uintptr_t out, std::int64_t n, std::int64_t m, int threads) {
+  py::gil_scoped_release release;
+  norm(floats_at(x), floats_at(weight), eps, floats_at(inverse), floats_at(out), n, m, threads);
+}
+
+void norm_rows_again(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t inverse,
+                     std::uintptr_t out, std::int64_t n, std::int64_t m, int threads) {
+  py::gil_scoped_release release;
+  norm_again(floats_at(x), floats_at(weight), floats_at(inverse), floats_at(out), n, m, threads);
+}
+
+void norm_gradient(std::uintptr_t grad, std::uintptr_t x, std::uintptr_t weight,
+                   std::uintptr_t inverse, std::uintptr_t g_x, std::int64_t n, std::int64_t m,
+                   int threads) {
+  py::gil_scoped_release release;
+  norm_back(floats_at(grad), floats_at(x), floats_at(weight), floats_at(inverse), floats_at(g_x), n,
+            m, threads);
+}
+
+void rotate_heads(std::uintptr_t x, std::uintptr_t cos, std::uintptr_t sin, std::uintptr_t out,
+                  std::int64_t n, std::int64_t heads, std::int64_t d, bool back, int threads) {
+  py::gil_scoped_release release;
+  rotate(floats_at(x), floats_at(cos), floats_at(sin), floats_at(out), n, heads, d, back, threads);
+}
 #endif
 
 }  // namespace
@@ -431,5 +473,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("pair_gradients", &pair_gradients);
   m.def("dropout_draw", &dropout_draw);
   m.def("dropout_apply", &dropout_apply);
+  m.def("gated", &gate_rows);
+  m.def("gated_back", &gate_gradients);
+  m.def("norm", &norm_rows);
+  m.def("norm_again", &norm_rows_again);
+  m.def("norm_back", &norm_gradient);
+  m.def("rotate", &rotate_heads);
 #endif
 }

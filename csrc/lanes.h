@@ -27,6 +27,8 @@ COMPACT_INLINE void store(float* p, Lanes v) { std::memcpy(p, &v, sizeof v); }
 template <int kBytes>
 struct Part {
   typedef float Vector __attribute__((vector_size(kBytes)));
+  typedef std::int32_t Ints __attribute__((vector_size(kBytes)));
+  static constexpr std::int64_t kCount = kBytes / 4;
   static COMPACT_INLINE Vector of(const Lanes& v, int i) {
     Vector part;
     std::memcpy(&part, reinterpret_cast<const char*>(&v) + i * kBytes, kBytes);
@@ -53,26 +55,29 @@ COMPACT_INLINE Lanes larger(Lanes a, Lanes b) {
 
 constexpr float kLowest = -87.0f;  // below, exp is not a normal number: 0
 
-// exp of x <= 0, to 1 ulp: 2^n times a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2] (the one of
-// the Cephes library's expf). NaN stays NaN.
-COMPACT_INLINE Lanes exp_of(Lanes x) {
-  const Lanes shifted = x * 1.44269504088896341f + 12582912.0f;  // n in the lowest bits
-  const Lanes n = shifted - 12582912.0f;
-  Lanes r = x - n * 0.693359375f;
+// exp of -87 <= x <= 87, to 1 ulp: 2^n times a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2] (the
+// one of the Cephes library's expf). NaN stays NaN. V: a vector of floats, I one of as many int32.
+template <class V, class I>
+COMPACT_INLINE V exp_of_any(V x) {
+  const V shifted = x * 1.44269504088896341f + 12582912.0f;  // n in the lowest bits
+  const V n = shifted - 12582912.0f;
+  V r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-  Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  Bits bits;
+  I bits;
   std::memcpy(&bits, &shifted, sizeof bits);
   bits = (bits + 127) << 23;
-  Lanes scale;
+  V scale;
   std::memcpy(&scale, &bits, sizeof scale);
   return p * scale;
 }
+
+COMPACT_INLINE Lanes exp_of(Lanes x) { return exp_of_any<Lanes, Bits>(x); }
 
 COMPACT_INLINE float sum(Lanes v) {
   for (std::int64_t half = kLanes / 2; half > 0; half /= 2)

@@ -4,8 +4,11 @@
     gated MLPs    gate and up, not silu(gate) and the product
     RMS norms     their input
     linear layers what their input was made from
+    attention     queries and keys once, rotated where they will be kept
+    layers        their two sums, where the norms and the next layer keep them
 
-What is kept on a CPU lies in memory of its own (`kept`), so that it leaves no holes in the heap.
+What is kept on a CPU lies in memory of its own (`kept`), and so does what is gone soon: in the heap
+they would leave each other holes that nothing fits.
 
 Layers are changed one instance at a time, and only those whose arithmetic is known: what differs
 in any way (another base layer, several adapters, DoRA, compilation, evaluation) runs as it was.
@@ -26,8 +29,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from compact_fast.heap import keep_top
 from compact_fast.lean.blocks import is_gated_mlp, is_norm, mlp_forward, norm_forward
 from compact_fast.lean.kept import settle
+from compact_fast.lean.layer import is_layer, layer_forward
 from compact_fast.lean.linear import is_large_linear, linear_forward
 from compact_fast.lean.projection import is_lora, lora_forward
+from compact_fast.lean.rotary import is_rotary, rotary_forward
 
 
 def make_lean(model: nn.Module) -> int:
@@ -71,6 +76,8 @@ _KINDS = (
     (is_lora, lora_forward),
     (is_gated_mlp, mlp_forward),
     (is_norm, norm_forward),
+    (is_rotary, rotary_forward),
+    (is_layer, layer_forward),
     (is_large_linear, linear_forward),
 )
 

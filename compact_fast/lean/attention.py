@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from compact_fast.lean.kept import keep, lasting
+from compact_fast.lean.kept import keep, lasting, passing
 
 Tree = tuple[int, ...]
 """Lengths: of a prompt, then of each rationale behind it. A plain sequence is a tree of one."""
@@ -143,6 +143,11 @@ def attend(
     return cast(Tensor, _Attention.apply(query, key, value, tuple(trees), window, scale))  # type: ignore[no-untyped-call]
 
 
+def _zeros_like(x: Tensor) -> Tensor:  # [1, heads, N, d], where heads of a token are neighbours
+    _, heads, N, d = x.shape
+    return passing((1, N, heads, d), x).zero_().transpose(1, 2)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -178,7 +183,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, logsumexp = ctx.saved_tensors
         grad, query, key, value, out = (t.transpose(1, 2) for t in (grad, query, key, value, out))
-        g_query, g_key, g_value = (torch.zeros_like(t) for t in (query, key, value))
+        g_query, g_key, g_value = (_zeros_like(t) for t in (query, key, value))
         for s in segments(ctx.trees):
             how = s.added_mask(ctx.window, query)
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

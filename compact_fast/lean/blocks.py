@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from compact_fast.lean.kept import keep, settle
+from compact_fast.lean.kept import keep, lasting_output, settle
 from compact_fast.lean.ordinary import computes, is_ordinary, same
+from compact_fast.lean.rows import gated, gated_gradients, norm, norm_again, norm_gradient
 from compact_fast.lean.sources import Source, note_source
 
 # ---- RMS norm --------------------------------------------------------------------------------
@@ -34,34 +35,30 @@ def is_norm(module: nn.Module) -> bool:
     if not computes(module, _NORM_NAMES, (2, -1, True, ("keepdim",))):
         return False
     stand_in = SimpleNamespace(weight=torch.linspace(0.5, 3, 8), variance_epsilon=0.1)
-    return same(type(module), stand_in, _norm)
+    return same(type(module).forward, stand_in, _norm)
 
 
 def norm_forward(self: Any, x: Tensor) -> Tensor:
     """The norm's forward, on a CPU."""
-    usual = x.dtype == self.weight.dtype and _plain(x) and torch.is_grad_enabled()
+    usual = x.dtype == self.weight.dtype and _plain(x)
     if not usual or torch.compiler.is_compiling():
         return cast(Tensor, type(self).forward(self, x))
+    if not torch.is_grad_enabled():
+        return norm(x, self.weight, self.variance_epsilon)[0]
     found: Tensor
     found, kept, inverse = _Norm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
-    note_source(found, Source(_normed, (kept, inverse, self.weight.detach())))
+    note_source(found, Source(norm_again, (kept, inverse, self.weight.detach())))
     return found
 
 
 def _norm(self: Any, x: Tensor) -> Tensor:
-    return _normed(x, _inverse(x, self.variance_epsilon), self.weight)
+    """Its class's arithmetic, to the last bit."""
+    inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    return (x * inverse).mul_(self.weight)
 
 
 def _plain(t: Tensor) -> bool:
     return t.device.type == "cpu" and t.dtype == torch.float32  # in which the layer computes
-
-
-def _inverse(x: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-
-
-def _normed(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
-    return (x * inverse).mul_(weight)
 
 
 class _Norm(torch.autograd.Function):
@@ -69,10 +66,13 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
-        kept, inverse = keep(x), keep(_inverse(x, eps))
+        kept = keep(x)
+        found, inverse = norm(kept, weight, eps)
+        inverse = keep(inverse)
         ctx.save_for_backward(kept, inverse, weight)
         ctx.mark_non_differentiable(kept, inverse)
-        return _normed(x, inverse, weight), kept, inverse
+        ctx.set_materialize_grads(False)  # no zeros for them
+        return found, kept, inverse
 
     @staticmethod
     @once_differentiable
@@ -82,9 +82,7 @@ class _Norm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             g_weight = (grad * (x * inverse)).flatten(0, -2).sum(0)
         if ctx.needs_input_grad[0]:
-            g_x = grad * weight
-            along = torch.linalg.vecdot(g_x, x).unsqueeze(-1)  # [..., 1]
-            g_x.mul_(inverse).addcmul_(x, along * inverse.pow(3), value=-1 / x.shape[-1])
+            g_x = norm_gradient(grad, x, inverse, weight)
         return g_x, g_weight, None
 
 
@@ -107,7 +105,12 @@ def is_gated_mlp(module: nn.Module) -> bool:
     stand_in = SimpleNamespace(
         gate_proj=lambda x: 2 * x, up_proj=torch.cos, down_proj=torch.tanh, act_fn=nn.SiLU()
     )
-    return same(type(module), stand_in, mlp_forward)
+    return same(type(module).forward, stand_in, _mlp)
+
+
+def _mlp(self: Any, x: Tensor) -> Tensor:
+    """Its class's arithmetic, to the last bit."""
+    return cast(Tensor, self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)))
 
 
 def mlp_forward(self: Any, x: Tensor) -> Tensor:
@@ -115,18 +118,15 @@ def mlp_forward(self: Any, x: Tensor) -> Tensor:
     if not is_ordinary(self.act_fn):
         return cast(Tensor, type(self).forward(self, x))
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return cast(Tensor, self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)))
+        return cast(Tensor, self.down_proj(gated(self.gate_proj(x), self.up_proj(x))))
     # each where it will be kept at once, or both lie in the heap a second time
-    gate = settle(self.gate_proj(x))
-    up = settle(self.up_proj(x))
+    with lasting_output():
+        gate, up = self.gate_proj(x), self.up_proj(x)
+    gate, up = settle(gate), settle(up)
     inner, gate, up = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
     if gate.device.type == "cpu":  # elsewhere kept as it is: untried
-        note_source(inner, Source(_gated, (gate, up)))
+        note_source(inner, Source(gated, (gate, up)))
     return cast(Tensor, self.down_proj(inner))
-
-
-def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    return nn.functional.silu(gate).mul_(up)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -134,18 +134,15 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
-        inner, gate, up = _gated(gate, up), keep(gate), keep(up)
+        gate, up = keep(gate), keep(up)
+        inner = gated(gate, up)
         ctx.save_for_backward(gate, up)
         ctx.mark_non_differentiable(gate, up)
+        ctx.set_materialize_grads(False)  # no zeros for them
         return inner, gate, up
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None]:
         gate, up = ctx.saved_tensors
-        g_gate = g_up = None
-        if ctx.needs_input_grad[1]:
-            g_up = nn.functional.silu(gate).mul_(grad)
-        if ctx.needs_input_grad[0]:
-            g_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return g_gate, g_up
+        return gated_gradients(grad, gate, up)

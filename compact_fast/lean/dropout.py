@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compact_fast.lean.kept import passing
 from compact_fast.native import load_native
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def apply(x: Tensor, kept: Tensor, *, in_place: bool = False) -> Tensor:
     if not x.is_contiguous():
         found = apply(x.contiguous(), kept, in_place=True)
         return x.copy_(found) if in_place else found
-    out = x if in_place else torch.empty_like(x)
+    out = x if in_place else passing(tuple(x.shape), x)
     places = (x.data_ptr(), x.itemsize, kept.data_ptr(), out.data_ptr())
     native.dropout_apply(*places, x.numel(), torch.get_num_threads())
     return out

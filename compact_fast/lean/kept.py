@@ -10,16 +10,19 @@ hidden state, holds its whole chunk, and torch.save writes all of it: clone what
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from compact_fast.chunks import Chunk, Chunks, bytes_of, tensor_in
+from compact_fast.chunks import Chunk, Chunks, Recycled, bytes_of, tensor_in
 from compact_fast.heap import Heap
 
 LEAST_BYTES, MOST_BYTES = 4 << 20, 32 << 20  # of a chunk
 ALIGNED = 64  # bytes; a cache line
+LEAST_PASSING = 64 << 10  # bytes; smaller ones leave holes that something fits
 
 
 class Kept(threading.local):
@@ -62,6 +65,39 @@ _GRADIENTS = Kept(_CHUNKS, growing=False)
 _RECOMPUTED_FROM = Kept(_CHUNKS, growing=True)
 
 
+# of a layer's tensors that are not kept
+_PASSING = Recycled()
+
+
+class _Outputs(threading.local):
+    last = False
+
+
+_OUTPUTS = _Outputs()
+
+
+def passing(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Memory for a tensor that will be gone soon: not in the heap, where it would leave a hole."""
+    if like.device.type != "cpu" or bytes_of(shape, like.dtype) < LEAST_PASSING:
+        return like.new_empty(shape)
+    return _PASSING.whole(shape, like.dtype)
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Inside, projections put what they return where it will be kept."""
+    _OUTPUTS.last, before = True, _OUTPUTS.last
+    try:
+        yield
+    finally:
+        _OUTPUTS.last = before
+
+
+def output(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Memory for what a projection returns."""
+    return (lasting if _OUTPUTS.last else passing)(shape, like)
+
+
 def lasting(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Memory for a tensor that will be kept."""
     if like.device.type != "cpu":
@@ -74,7 +110,7 @@ def settle(t: Tensor, *, recomputed: bool = False) -> Tensor:
 
     `recomputed`: it is all that is kept of its layer.
     """
-    if t.device.type != "cpu":
+    if t.device.type != "cpu" or t in _CHUNKS:
         return t
     return cast(Tensor, _Settle.apply(t, _RECOMPUTED_FROM if recomputed else _LASTING))  # type: ignore[no-untyped-call]
 
@@ -91,8 +127,30 @@ class _Settle(torch.autograd.Function):
         return grad, None
 
 
+def added(a: Tensor, b: Tensor, *, recomputed: bool = False) -> Tensor:
+    """a + b where it will be kept, on a CPU; with autograd. `recomputed` as of `settle`."""
+    alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    if not alike or a.device.type != "cpu":
+        return a + b
+    if not torch.is_grad_enabled():
+        return torch.add(a, b, out=passing(tuple(a.shape), a))
+    return cast(Tensor, _Sum.apply(a, b, _RECOMPUTED_FROM if recomputed else _LASTING))  # type: ignore[no-untyped-call]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, where: Kept) -> Tensor:
+        _tidy()
+        return torch.add(a, b, out=where.empty(tuple(a.shape), a.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        _tidy()
+        return grad, grad, None
+
+
 def _tidy() -> None:
-    _HEAP.tidy(_CHUNKS.reach, _CHUNKS.let_go)
+    _HEAP.tidy(_CHUNKS.reach + _PASSING.reach, _CHUNKS.let_go)
 
 
 def keep(t: Tensor) -> Tensor:
@@ -116,6 +174,7 @@ def give_back() -> None:
     for kept in (_LASTING, _GRADIENTS, _RECOMPUTED_FROM):
         kept.close()
     _CHUNKS.give_back()
+    _PASSING.give_back()
 
 
 def gradient_room(like: Tensor) -> Tensor:

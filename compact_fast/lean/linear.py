@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from compact_fast.lean.kept import gradient_room, keep
+from compact_fast.lean.kept import gradient_room, keep, output, passing
 from compact_fast.lean.sources import source_of
 from compact_fast.products import add_transposed, linear
 
@@ -41,7 +41,7 @@ def linear_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    out = linear(x, w)
+    out = linear(x, w, output)
     return out if bias is None else out.add_(bias)
 
 
@@ -80,5 +80,5 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             g_bias = g.sum(0)
         if ctx.needs_input_grad[0]:
-            g_x = linear(g, w.T).view(ctx.shape)
+            g_x = linear(g, w.T, passing).view(ctx.shape)
         return g_x, g_w, g_bias, None, *(None,) * ctx.given

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -18,6 +19,13 @@ def is_ordinary(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def unwrapped(kind: type[nn.Module]) -> FunctionType:
+    """The function that a class's forward is, without what wraps it."""
+    forward = inspect.unwrap(kind.forward)
+    assert isinstance(forward, FunctionType)
+    return forward
 
 
 def computes(module: nn.Module, names: frozenset[str], numbers: tuple[object, ...] = ()) -> bool:
@@ -39,14 +47,14 @@ def computes(module: nn.Module, names: frozenset[str], numbers: tuple[object, ..
     )
 
 
-def same(kind: type[nn.Module], stand_in: Any, ours: Callable[[Any, Tensor], Tensor]) -> bool:
-    """Whether a class's forward and another one agree to the last bit on two rows of eight.
+def same(forward: Callable[..., Any], stand_in: Any, ours: Callable[[Any, Tensor], Tensor]) -> bool:
+    """Whether a class's forward and another function agree to the last bit on two rows of eight.
 
     `stand_in`: an instance's attributes as they are read, small; no module is called for this.
     """
     x = torch.linspace(-1, 2, 16).view(2, 8)
     try:
         with torch.no_grad():
-            return torch.equal(kind.forward(stand_in, x), ours(stand_in, x))
+            return torch.equal(forward(stand_in, x), ours(stand_in, x))
     except Exception:  # of a foreign class, where anything may go wrong: then it is not known
         return False

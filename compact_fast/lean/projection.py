@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from compact_fast.lean import dropout
-from compact_fast.lean.kept import keep, keep_gradient
+from compact_fast.lean.kept import keep, keep_gradient, output, passing
 from compact_fast.lean.ordinary import is_ordinary
 from compact_fast.lean.sources import source_of
 from compact_fast.products import linear
@@ -98,7 +98,7 @@ def _products(
     scale: float,
 ) -> Tensor:
     """What `_project` returns."""
-    out = linear(x, w)
+    out = linear(x, w, output)
     if bias is not None:
         out += bias
     low = _dropped(x, units) @ a.T
@@ -107,8 +107,10 @@ def _products(
     return cast(Tensor, torch.ops.aten._unsafe_view(out, out.shape))
 
 
-def _dropped(x: Tensor, units: Tensor | None) -> Tensor:  # [..., in] -> [N, in]
-    return (x if units is None else dropout.apply(x, units)).reshape(-1, x.shape[-1])
+def _dropped(x: Tensor, units: Tensor | None, *, in_place: bool = False) -> Tensor:
+    """[..., in] -> [N, in]"""
+    x = x if units is None else dropout.apply(x, units, in_place=in_place)
+    return x.reshape(-1, x.shape[-1])
 
 
 class _Projection(torch.autograd.Function):
@@ -142,13 +144,15 @@ class _Projection(torch.autograd.Function):
         g_low = (g @ b) * ctx.scale  # [N, r]
         g_x = g_a = g_b = None
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            x = _dropped(kept[0] if ctx.make is None else ctx.make(*kept), units)
+            again = ctx.make is not None  # made for this alone
+            x = _dropped(ctx.make(*kept) if again else kept[0], units, in_place=again)
             # x a^T again: r numbers a token for every layer are worth more than a thin product
             g_b = keep_gradient((((x @ a.T) * ctx.scale).T @ g).T)
             g_a = keep_gradient(g_low.T @ x)
         if ctx.needs_input_grad[0]:
-            g_x = linear(g, w.T).view(ctx.shape)
-            update = (g_low @ a).view(ctx.shape)
+            g_x = linear(g, w.T, passing).view(ctx.shape)
+            update = passing(tuple(ctx.shape), g)
+            torch.mm(g_low, a, out=update.view(-1, a.shape[1]))
             g_x += update if units is None else dropout.apply(update, units, in_place=True)
         others = (None,) * (5 + len(kept) - 1)
         return g_x, None, None, g_a, g_b, *others

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "consensus.h"
+#include "layers.h"
 #include "numbers.h"
 #include "pairs.h"
 #include "parallel.h"
@@ -381,6 +382,67 @@ void test_pairs() {
 }
 #endif
 
+#if COMPACT_VECTORS
+// A layer's rows of every size against double; all memory exactly its size.
+void test_layers(int trials) {
+  Random random(23);
+  std::normal_distribution<float> normal(0.0f, 2.0f);
+  const auto filled = [&](std::int64_t size) {
+    std::vector<float> values(static_cast<std::size_t>(size));
+    for (auto& value : values) value = normal(random);
+    return values;
+  };
+  const auto close = [](float found, double want, double size) {
+    CHECK(std::abs(static_cast<double>(found) - want) <= 1e-6 * size + 1e-30);
+  };
+  for (int trial = 0; trial < trials; ++trial) {
+    const std::int64_t n = 1 + below(random, trial % 8 ? 9 : 700), m = 2 * (1 + below(random, 70));
+    const auto at = [&](const std::vector<float>& x, std::int64_t i, std::int64_t j) {
+      return static_cast<double>(x[static_cast<std::size_t>(i * m + j)]);
+    };
+    const auto x = filled(n * m), y = filled(n * m), grad = filled(n * m), weight = filled(m);
+    std::vector<std::vector<float>> first;
+    for (int threads : {1, 3}) {
+      std::vector<std::vector<float>> out(8, std::vector<float>(x.size()));
+      std::vector<float> inverse(static_cast<std::size_t>(n));
+      gated(x.data(), y.data(), out[0].data(), n * m, threads);
+      gated_back(grad.data(), x.data(), y.data(), out[1].data(), out[2].data(), n * m, threads);
+      norm(x.data(), weight.data(), 1e-5f, inverse.data(), out[3].data(), n, m, threads);
+      norm_again(x.data(), weight.data(), inverse.data(), out[4].data(), n, m, threads);
+      norm_back(grad.data(), x.data(), weight.data(), inverse.data(), out[5].data(), n, m, threads);
+      rotate(x.data(), y.data(), grad.data(), out[6].data(), n, 1, m, false, threads);
+      rotate(x.data(), y.data(), grad.data(), out[7].data(), n, 1, m, true, threads);
+      if (threads == 1) first = out;
+      CHECK(out == first && out[3] == out[4]);
+    }
+    for (std::int64_t i = 0; i < n; ++i) {
+      double squares = 0.0, along = 0.0, size = 0.0;
+      for (std::int64_t j = 0; j < m; ++j) {
+        const double term = at(grad, i, j) * static_cast<double>(weight[j]) * at(x, i, j);
+        squares += at(x, i, j) * at(x, i, j), along += term, size += std::abs(term);
+      }
+      const double by = 1.0 / std::sqrt(squares / static_cast<double>(m) + 1e-5);
+      const double share = by * by * by / static_cast<double>(m);
+      for (std::int64_t j = 0; j < m; ++j) {
+        const double a = at(x, i, j), b = at(y, i, j), g = at(grad, i, j);
+        const double w = static_cast<double>(weight[j]), s = 1.0 / (1.0 + std::exp(-a));
+        const std::int64_t half = m / 2, k = j < half ? j + half : j - half;
+        const double sign = j < half ? -1.0 : 1.0, other = at(x, i, k);
+        close(first[0][i * m + j], a * s * b, std::abs(a * b));
+        close(first[1][i * m + j], g * b * s * (1 + a * (1 - s)), std::abs(g * b) * (1 + std::abs(a)));
+        close(first[2][i * m + j], g * a * s, std::abs(g * a));
+        close(first[3][i * m + j], a * by * w, std::abs(a * by * w));
+        close(first[5][i * m + j], g * w * by - a * along * share,
+              std::abs(g * w * by) + std::abs(a) * size * share);
+        close(first[6][i * m + j], a * b + sign * other * g, std::abs(a * b) + std::abs(other * g));
+        close(first[7][i * m + j], a * b - sign * other * at(grad, i, k),
+              std::abs(a * b) + std::abs(other * at(grad, i, k)));
+      }
+    }
+  }
+}
+#endif
+
 #if COMPACT_VECTORS && COMPACT_X86
 // Products of every shape and order of both factors, against double; all memory exactly its size.
 void test_products(int trials) {
@@ -444,6 +506,7 @@ int main(int argc, char** argv) {
 #if COMPACT_VECTORS
   test_row_softmax();
   test_pairs();
+  test_layers(std::min(graphs, 400));
 #endif
 #if COMPACT_VECTORS && COMPACT_X86
   test_products(std::min(graphs, 400));

@@ -83,7 +83,7 @@ def test_outputs_and_all_gradients_are_those_of_the_layers_replaced(make, lora):
     lean = copy.deepcopy(plain)
     changed = make_lean(lean)
     silu = type(plain).__name__ != "GemmaForCausalLM" and "Gemma" not in repr(plain)
-    assert changed == 2 * (7 * lora + silu)
+    assert changed == 2 * (7 * lora + silu + 2)  # and the attention, and the layer
     assert make_lean(lean) == 0
     want, gradients = run(plain)
     got, found = run(lean)
