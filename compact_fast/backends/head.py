@@ -7,6 +7,9 @@ bf16 would move a token's log-likelihood by 0.03 nats.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -99,21 +102,15 @@ class Head:
                 out[:, a:b] = z
         return out
 
-    def back_to_rows(self, parts: list[Tensor]) -> Tensor:  # [n, V] each -> [sum of n, D]
-        """g W of all parts, one below another."""
-        n = sum(g.shape[0] for g in parts)
-        out = parts[0].new_zeros(n, self.width)
-        for a, b in self.blocks(n):
-            g = parts[0][:, a:b] if len(parts) == 1 else torch.cat([g[:, a:b] for g in parts])
+    def back_to_rows(self, parts: list[Tensor], blocks: Sequence[Tensor] = ()) -> Tensor:
+        """g W of all parts [n, V], one below another, and below them of rows that are given in
+        `blocks` of the vocabulary [n, w]: [sum of n, D]."""
+        n = sum(g.shape[0] for g in (*parts, *blocks[:1]))
+        out = self.weight.new_zeros((n, self.width), dtype=self.dtype)
+        ends = list(accumulate(g.shape[1] for g in blocks))
+        edges = zip([0, *ends], ends, strict=False) if blocks else self.blocks(n)
+        for i, (a, b) in enumerate(edges):
+            found = [*(g[:, a:b] for g in parts), *blocks[i : i + 1]]
+            g = found[0] if len(found) == 1 else torch.cat(found)
             self.add_back(out, g, self.block(a, b))
-        return out
-
-    def blocks_to_rows(
-        self, blocks: list[Tensor]
-    ) -> Tensor:  # [n, w] each, w add up to V -> [n, D]
-        """g W, with g in blocks of the vocabulary."""
-        out, a = blocks[0].new_zeros(blocks[0].shape[0], self.width), 0
-        for g in blocks:
-            self.add_back(out, g, self.block(a, a + g.shape[1]))
-            a += g.shape[1]
         return out

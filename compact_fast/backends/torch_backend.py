@@ -20,7 +20,7 @@ Rows that get weight 0 whatever the student says (filtered, fixed) are never mul
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +56,8 @@ HELD_SHARE = 0.26  # of its gradient's size: so much is held whatever that saves
 AGAIN_QUICK, HELD_SHARE_QUICK = 1 / 2, 0.03  # where products take half the time, and own memory
 WORTH_SAVING = 1 << 20  # bytes; for less nothing is made again
 ANSWER_BYTES = 24 << 20  # logits of answer spans, kept until their questions' weights are known
-WAITING_BYTES = 4 << 20  # their gradients, kept until there are enough of them for a product
+# their gradients, kept until there are enough of them for a product; or a share of the head's size
+WAITING_BYTES, WAITING_SHARE = 4 << 20, 0.05
 
 
 @dataclass(frozen=True)
@@ -330,12 +331,14 @@ class _Pass:
 
     def _add_answer_rows(self, answers: AnswerRows | None, scale: Tensor) -> None:
         """The hidden states' share of answer rows whose gradients lie among the held rows."""
-        into = self.grads.hidden
-        if answers is None or into is None:
+        if answers is None or self.grads.hidden is None:
             return
         for a, b in runs(scale > 0):
-            product = self.work.head.blocks_to_rows([g[a:b] for g in answers.logits])
-            into.index_add_(0, answers.at[a:b], product)
+            at, blocks = answers.at[a:b], [g[a:b] for g in answers.logits]
+            if self._waiting_bytes() + (b - a) * self.work.head.row_bytes > self._waiting_room():
+                self._add_waiting(at, blocks)
+            else:
+                self.waiting.append((at, torch.cat(blocks, 1)))
 
     def _await_answers(self, answers: AnswerRows | None, scale: Tensor) -> None:
         """Keep the answer rows' gradients for a product back to rows with those of other groups:
@@ -345,15 +348,24 @@ class _Pass:
         (logits,) = answers.logits
         for a, b in runs(scale > 0):
             self.waiting.append((answers.at[a:b], logits[a:b]))
-        if sum(g.nbytes for _, g in self.waiting) > WAITING_BYTES:
+        if self._waiting_bytes() > self._waiting_room():
             self._add_waiting()
 
-    def _add_waiting(self) -> None:
-        """Multiply the gradients kept so far back to rows."""
+    def _waiting_bytes(self) -> int:
+        return sum(g.nbytes for _, g in self.waiting)
+
+    def _waiting_room(self) -> int:
+        head = self.work.head
+        return max(WAITING_BYTES, int(WAITING_SHARE * head.width * head.row_bytes))
+
+    def _add_waiting(self, at: Tensor | None = None, blocks: Sequence[Tensor] = ()) -> None:
+        """Multiply the gradients kept so far back to rows, and those `blocks` of the rows `at`."""
         into = self.grads.hidden
-        if self.waiting and into is not None:
-            product = self.work.head.back_to_rows([g for _, g in self.waiting])
-            into.index_add_(0, torch.cat([at for at, _ in self.waiting]), product)
+        if into is None or not (self.waiting or blocks):
+            return
+        product = self.work.head.back_to_rows([g for _, g in self.waiting], blocks)
+        places = [place for place, _ in self.waiting] + ([] if at is None else [at])
+        into.index_add_(0, torch.cat(places), product)
         self.waiting.clear()
 
     def _row_scale(self, rows: Tensor, group: Group, shares: TeacherWeights) -> Tensor:

@@ -60,12 +60,16 @@ def _plain_adapter(layer: Any) -> str | None:
         or name in layer.lora_variant
         or layer.lora_B[name].bias is not None
         or not all(map(is_ordinary, (layer.base_layer, layer.lora_A[name], layer.lora_B[name])))
-        or any(p.requires_grad for p in layer.base_layer.parameters())
+        or _is_trained(layer.base_layer)
     ):
         return None
     dropping = layer.lora_dropout[name]
     known = isinstance(dropping, (nn.Dropout, nn.Identity)) and is_ordinary(dropping)
     return name if known else None
+
+
+def _is_trained(base: nn.Linear) -> bool:
+    return base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
 
 
 def _project(
