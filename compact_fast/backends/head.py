@@ -49,6 +49,11 @@ class Head:
             self._widest = min(self._widest, LONGEST)  # what products back to rows sum over
 
     @property
+    def bytes(self) -> int:
+        """Of W in the dtype of the products."""
+        return self.width * self.row_bytes
+
+    @property
     def makes_memory(self) -> bool:
         """Whether products come in memory of their own, whatever they are asked to write to."""
         return self._quick is not None

@@ -55,9 +55,17 @@ AGAIN = 0.14  # share of the logits that a trained head may make again, to hold 
 HELD_SHARE = 0.26  # of its gradient's size: so much is held whatever that saves
 AGAIN_QUICK, HELD_SHARE_QUICK = 1 / 2, 0.03  # where products take half the time, and own memory
 WORTH_SAVING = 1 << 20  # bytes; for less nothing is made again
-ANSWER_BYTES = 24 << 20  # logits of answer spans, kept until their questions' weights are known
-# their gradients, kept until there are enough of them for a product; or a share of the head's size
-WAITING_BYTES, WAITING_SHARE = 4 << 20, 0.05
+ANSWER_BYTES, WAITING_BYTES = 24 << 20, 4 << 20  # of what a small head keeps
+
+
+def answer_bytes(head_bytes: int) -> int:
+    """Of logits of answer spans, kept until their questions' weights are known, at most."""
+    return max(ANSWER_BYTES, head_bytes // 8)
+
+
+def waiting_bytes(head_bytes: int) -> int:
+    """Of their gradients, kept until there are enough of them for a product."""
+    return max(WAITING_BYTES, head_bytes // 20)
 
 
 @dataclass(frozen=True)
@@ -335,7 +343,7 @@ class _Pass:
             return
         for a, b in runs(scale > 0):
             at, blocks = answers.at[a:b], [g[a:b] for g in answers.logits]
-            if self._waiting_bytes() + (b - a) * self.work.head.row_bytes > self._waiting_room():
+            if not self._may_wait((b - a) * self.work.head.row_bytes):
                 self._add_waiting(at, blocks)
             else:
                 self.waiting.append((at, torch.cat(blocks, 1)))
@@ -348,15 +356,13 @@ class _Pass:
         (logits,) = answers.logits
         for a, b in runs(scale > 0):
             self.waiting.append((answers.at[a:b], logits[a:b]))
-        if self._waiting_bytes() > self._waiting_room():
+        if not self._may_wait(0):
             self._add_waiting()
 
-    def _waiting_bytes(self) -> int:
-        return sum(g.nbytes for _, g in self.waiting)
-
-    def _waiting_room(self) -> int:
-        head = self.work.head
-        return max(WAITING_BYTES, int(WAITING_SHARE * head.width * head.row_bytes))
+    def _may_wait(self, more: int) -> bool:
+        """Whether so many bytes may wait beside those that do."""
+        most = waiting_bytes(self.work.head.bytes)
+        return sum(g.nbytes for _, g in self.waiting) + more <= most
 
     def _add_waiting(self, at: Tensor | None = None, blocks: Sequence[Tensor] = ()) -> None:
         """Multiply the gradients kept so far back to rows, and those `blocks` of the rows `at`."""
@@ -419,7 +425,8 @@ class _Pass:
         token_bounds = layout.cu_seqlens[layout.cu_teachers]
         row_bounds = torch.searchsorted(all_rows, token_bounds).tolist()
         live = self.live.tolist()
-        room = ANSWER_BYTES // self.work.head.row_bytes
+        head = self.work.head
+        room = answer_bytes(head.bytes) // head.row_bytes
         sizes = [
             0 if self.spans is None else len(self.spans.positions(q, live))
             for q in range(layout.num_questions)
@@ -439,7 +446,8 @@ class _Pass:
         layout, head, live = self.layout, self.work.head, self.live.tolist()
         teachers = layout.cu_teachers[[questions.start, questions.stop]].tolist()
         labelled = layout.labelled[rows]
-        answers = AnswerRows.of(self.spans, questions, live, rows[labelled], head, ANSWER_BYTES)
+        most = answer_bytes(head.bytes)
+        answers = AnswerRows.of(self.spans, questions, live, rows[labelled], head, most)
         if answers is None and self.spans is not None:
             self.left_over.extend(questions)
         plain = labelled & self.live[layout.token_sequence[rows]] & self.grads.any

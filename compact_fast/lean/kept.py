@@ -1,10 +1,12 @@
-"""Memory for what a forward pass keeps until the backward pass, on a CPU.
+"""Memory on a CPU for what a forward pass keeps until the backward pass, and what is gone soon.
 
 The C library gives tensors of a few megabytes from one heap. Where those that last lie among
 those that are gone a moment later, holes remain that nothing fits, and a process comes to take
-several times what it holds. What lasts is therefore copied into chunks of its own: a chunk is used
-again once no tensor in it is left. One tensor that somebody keeps for longer, a gradient or a
-hidden state, holds its whole chunk, and torch.save writes all of it: clone what is to stay.
+several times what it holds. What lasts is therefore made in chunks of its own, or copied there: a
+chunk is used again once no tensor in it is left. What does not last has chunks, too.
+
+One tensor that somebody keeps for longer, a gradient or a hidden state, holds its whole chunk, and
+torch.save writes all of it: clone what is to stay.
 """
 
 from __future__ import annotations
@@ -63,7 +65,6 @@ _LASTING = Kept(_CHUNKS, growing=True)
 _GRADIENTS = Kept(_CHUNKS, growing=False)
 # while all else of a layer goes and is made again
 _RECOMPUTED_FROM = Kept(_CHUNKS, growing=True)
-
 
 # of a layer's tensors that are not kept
 _PASSING = Recycled()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compact_fast.backends import Choice, choose, gradients
-from compact_fast.backends.torch_backend import ANSWER_BYTES, CHUNK_BYTES, HOLD_BYTES
+from compact_fast.backends.torch_backend import CHUNK_BYTES, HOLD_BYTES, answer_bytes
 from compact_fast.heap import resident_bytes, trim
 from compact_fast.lean import make_lean
 from compact_fast.lean.kept import give_back, own_bytes
@@ -254,7 +254,7 @@ def loss_bytes(
     if head.trainable:
         most = int(getattr(backend, "hold_bytes", HOLD_BYTES))
         held = question * row if held < question * row <= most else held
-        held += min(ANSWER_BYTES, positions * row)
+        held += min(answer_bytes(vocabulary * width * 4), positions * row)
         states += vocabulary * width * 4
     return min(held, 3 * positions * row) + states
 
