@@ -7,6 +7,7 @@ very question; an epoch has the same number of passes every time, on every proce
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -222,10 +223,23 @@ class Questions(Dataset[dict[str, Any]]):
 
 
 class QuestionLoader(DataLoader[Any]):
-    """A loader whose order follows the epoch."""
+    """A loader whose order follows the epoch; without worker processes a thread makes the next batch
+    while the last one is used."""
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        return batches if self.num_workers else _one_ahead(batches)
 
     def set_epoch(self, epoch: int) -> None:
         """The order of the next iteration is that of this epoch."""
         batches = self.batch_sampler
         assert isinstance(batches, QuestionBatches)
         batches.set_epoch(epoch)
+
+
+def _one_ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch

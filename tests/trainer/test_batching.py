@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -173,3 +174,33 @@ def test_idle_rows_are_marked() -> None:
     )
     assert len(list(loader)) == 2
     assert list(loader)[-1][0][1]
+
+
+def test_the_next_batch_is_made_while_one_is_used() -> None:
+    made: list[int] = []
+    second = threading.Event()
+
+    def collate(batch: list[dict[str, Any]]) -> int:
+        made.append(len(made))
+        if len(made) == 2:
+            second.set()
+        if len(made) == 4:
+            raise ValueError("question q3: no completions")
+        return made[-1]
+
+    def loader() -> QuestionLoader:
+        batches = QuestionBatches(np.ones(6, int))
+        return QuestionLoader(Questions(make_rows(6)), batch_sampler=batches, collate_fn=collate)
+
+    batches = iter(loader())
+    assert next(batches) == 0
+    assert second.wait(10)
+    assert [next(batches), next(batches)] == [1, 2]
+    with pytest.raises(ValueError, match="question q3"):
+        next(batches)
+    made[:] = range(4, 10)
+    before = threading.active_count()
+    for _ in loader():
+        break  # as at max_steps
+    assert threading.active_count() == before
+    assert len(made) <= 12
