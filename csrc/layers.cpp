@@ -46,7 +46,7 @@ COMPACT_INLINE void put(float* p, V v, std::int64_t left) {
 
 // ---- SwiGLU ------------------------------------------------------------------------------------
 
-// Entry by entry, so vectors may be as wide as the machine's.
+// What goes entry by entry takes vectors as wide as the machine's.
 
 // 1 / (1 + exp(-x)), 0 below -87 and 1 above 87.
 template <class P>
@@ -170,10 +170,10 @@ COMPACT_INLINE void back_part(const Work& w, std::int64_t begin, std::int64_t en
 
 // ---- by instructions, and threads --------------------------------------------------------------
 
-using Part = void (*)(const Work&, std::int64_t, std::int64_t);
+using Rows = void (*)(const Work&, std::int64_t, std::int64_t);
 
 struct Ways {
-  Part gated, gated_back, norm, norm_again, norm_back, forth, back;
+  Rows gated, gated_back, norm, norm_again, norm_back, forth, back;
 };
 
 #define COMPACT_PART(part, name, instructions, bytes)                            \
@@ -206,7 +206,7 @@ const Ways& widest() {
 
 struct Shared {
   const Work& work;
-  Part part;
+  Rows rows;
   std::int64_t size;  // rows that stay together
 };
 
@@ -214,11 +214,11 @@ void share(void* data, int part, int parts) {
   const Shared& s = *static_cast<Shared*>(data);
   const std::int64_t pieces = (s.work.n + s.size - 1) / s.size;
   const std::int64_t begin = pieces * part / parts * s.size;
-  s.part(s.work, begin, std::min(s.work.n, pieces * (part + 1) / parts * s.size));
+  s.rows(s.work, begin, std::min(s.work.n, pieces * (part + 1) / parts * s.size));
 }
 
-void run(const Work& work, Part part, int threads) {
-  Shared shared{work, part, work.m == 1 ? kLanes : 1};
+void run(const Work& work, Rows rows, int threads) {
+  Shared shared{work, rows, work.m == 1 ? kLanes : 1};
   if (work.n * work.m * (work.heads ? work.heads : 1) < 1 << 15) threads = 1;  // too little to share
   on_host_threads(threads, share, &shared);
 }

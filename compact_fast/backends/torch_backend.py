@@ -65,7 +65,7 @@ def answer_bytes(head_bytes: int) -> int:
 
 def waiting_bytes(head_bytes: int) -> int:
     """Of their gradients, kept until there are enough of them for a product."""
-    return max(WAITING_BYTES, head_bytes // 20)
+    return max(WAITING_BYTES, head_bytes // 10)
 
 
 @dataclass(frozen=True)

@@ -223,8 +223,10 @@ class Questions(Dataset[dict[str, Any]]):
 
 
 class QuestionLoader(DataLoader[Any]):
-    """A loader whose order follows the epoch; without worker processes a thread makes the next batch
-    while the last one is used."""
+    """A loader whose order follows the epoch.
+
+    Without worker processes a thread makes the next batch while one is used.
+    """
 
     def __iter__(self) -> Any:
         batches = super().__iter__()
