@@ -1,8 +1,9 @@
-"""The picture of bench/end_to_end.py: seconds a question of every variant, a panel a case and
-device."""
+"""The picture of bench/end_to_end.py: seconds a question of every variant, a panel a case, on the
+device that most is known of."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ def draw(rows: Sequence[Mapping[str, Any]], words: Mapping[str, str], path: Path
     timed = [row for row in rows if row.get("seconds_a_question")]
     if not timed:
         raise SystemExit("no times are kept: run python -m bench.end_to_end --data FOLDER first")
-    cases = list(dict.fromkeys((row["case"], row["device"]) for row in timed))
+    ((device, _),) = Counter(row["device"] for row in timed).most_common(1)
+    timed = [row for row in timed if row["device"] == device]
+    cases = list(dict.fromkeys(row["case"] for row in timed))
     figure, axes = plt.subplots(
         len(cases), 1, figsize=(8, 0.6 + 1.9 * len(cases)), squeeze=False, layout="constrained"
     )
-    for ax, (case, device) in zip(axes[:, 0], cases, strict=True):
-        these = [row for row in timed if (row["case"], row["device"]) == (case, device)]
+    for ax, case in zip(axes[:, 0], cases, strict=True):
+        these = [row for row in timed if row["case"] == case]
         seconds = [float(row["seconds_a_question"]) for row in these]
         names = [words[row["variant"]] for row in these]
         colors = ["#0072b2" if "compact_fast" in name else "#9a9a9a" for name in names]
