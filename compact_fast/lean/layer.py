@@ -25,7 +25,7 @@ def is_layer(module: nn.Module) -> bool:
     if not isinstance(module, GradientCheckpointingLayer):
         return False
     theirs = unwrapped(type(module))
-    if set(theirs.__code__.co_names) != _NAMES:
+    if theirs is None or set(theirs.__code__.co_names) != _NAMES:
         return False
     if not all(p.device.type == "cpu" for p in module.parameters()):
         return False

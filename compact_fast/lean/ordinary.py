@@ -21,11 +21,10 @@ def is_ordinary(module: nn.Module) -> bool:
     )
 
 
-def unwrapped(kind: type[nn.Module]) -> FunctionType:
-    """The function that a class's forward is, without what wraps it."""
+def unwrapped(kind: type[nn.Module]) -> FunctionType | None:
+    """The function that a class's forward is, without what wraps it; None: it is something else."""
     forward = inspect.unwrap(kind.forward)
-    assert isinstance(forward, FunctionType)
-    return forward
+    return forward if isinstance(forward, FunctionType) else None
 
 
 def computes(module: nn.Module, names: frozenset[str], numbers: tuple[object, ...] = ()) -> bool:
