@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from functools import cache
 from types import ModuleType
+
+logger = logging.getLogger(__name__)
 
 ABI = 7  # of csrc/bindings.cpp
 
@@ -25,3 +28,17 @@ def load_native() -> ModuleType | str:
             f"need {ABI}); install compact-fast again"
         )
     return module
+
+
+@cache
+def native_with(function: str, without: str) -> ModuleType | None:
+    """The module if it has that function, or None; then the log says what it is like `without`.
+
+    A compiler that knows no vectors builds it without some.
+    """
+    module = load_native()
+    if not isinstance(module, str) and hasattr(module, function):
+        return module
+    why = module if isinstance(module, str) else "built by another compiler"
+    logger.info("%s: %s", without, why)
+    return None

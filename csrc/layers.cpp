@@ -20,7 +20,7 @@ struct Work {
   float *out, *more;
   std::int64_t n, m;  // rows of m; of entries: n rows of one
   float eps;
-  std::int64_t heads = 0;
+  std::int64_t heads = 1;  // a row has
 };
 
 constexpr std::int64_t kSums = 4;  // that a row's sum is made of
@@ -219,7 +219,7 @@ void share(void* data, int part, int parts) {
 
 void run(const Work& work, Rows rows, int threads) {
   Shared shared{work, rows, work.m == 1 ? kLanes : 1};
-  if (work.n * work.m * (work.heads ? work.heads : 1) < 1 << 15) threads = 1;  // too little to share
+  if (work.n * work.m * work.heads < 1 << 15) threads = 1;  // too little to share
   on_host_threads(threads, share, &shared);
 }
 

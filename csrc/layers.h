@@ -1,5 +1,5 @@
-// A layer's work between its products, in one pass each: SwiGLU and RMS norms, forwards and back,
-// what compact_fast/lean/rows.py does in torch's operations. All float32, contiguous; the same bits
+// A layer's work between its products, in one pass each: SwiGLU, RMS norms and rotary positions,
+// forwards and back, what compact_fast/lean/rows.py does in torch's operations. All float32, contiguous; the same bits
 // for every thread count and instruction set.
 #pragma once
 

@@ -9,18 +9,14 @@ of s, so that what a confident row still has to learn is not the difference of t
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from compact_fast.backends.assembly import TokenStatistics
-from compact_fast.native import load_native
-
-logger = logging.getLogger(__name__)
+from compact_fast.native import native_with
 
 NO_ROWS = slice(0, 0)
 CACHE_BYTES = 8 << 20  # exponentiated at a time, so that the passes over them stay in cache
@@ -174,14 +170,7 @@ class Softmax:
         return Softmax(*(None if v is None else v[rows] for v in values))  # type: ignore[arg-type]
 
 
-@cache
 def native_rows() -> Callable[..., None] | None:
     """`softmax_rows` of the native module, or None; then torch's operations do the same."""
-    module = load_native()
-    if isinstance(module, str):
-        logger.info("the loss on a CPU takes a few percent longer: %s", module)
-        return None
-    found: Callable[..., None] | None = getattr(module, "softmax_rows", None)
-    if found is None:
-        logger.info("the loss on a CPU takes a few percent longer: built by another compiler")
-    return found
+    module = native_with("softmax_rows", "the loss on a CPU takes a few percent longer")
+    return None if module is None else module.softmax_rows

@@ -12,18 +12,14 @@ gradient, in place. On a CPU in float32 the native module takes each block in on
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from compact_fast.native import load_native
-
-logger = logging.getLogger(__name__)
+from compact_fast.native import native_with
 
 STEP_BYTES = 1 << 20  # logits compared at a time by torch's operations
 LEAST = -1e30  # for a log-probability of -inf: the difference of two of them is 0
@@ -175,14 +171,6 @@ class _Flat:
         return z.data_ptr(), z.stride(0), z.shape[1], sets, *addresses
 
 
-@cache
 def native_pairs() -> ModuleType | None:
     """The native module, or None; then torch's operations do the same."""
-    module = load_native()
-    if isinstance(module, str):
-        logger.info("answer consistency on a CPU takes longer: %s", module)
-        return None
-    if not hasattr(module, "pair_divergences"):
-        logger.info("answer consistency on a CPU takes longer: built by another compiler")
-        return None
-    return module
+    return native_with("pair_divergences", "answer consistency on a CPU takes longer")

@@ -7,8 +7,6 @@ applies them (csrc/dropout.h); without it NumPy does, with the same results.
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from types import ModuleType
 
 import numpy as np
@@ -16,9 +14,7 @@ import torch
 from torch import Tensor
 
 from compact_fast.lean.kept import passing
-from compact_fast.native import load_native
-
-logger = logging.getLogger(__name__)
+from compact_fast.native import native_with
 
 _RANGE = 1 << 16  # a unit is kept where 16 random bits lie below its share of them
 _GENERATORS = 8
@@ -74,11 +70,5 @@ def apply(x: Tensor, kept: Tensor, *, in_place: bool = False) -> Tensor:
     return out
 
 
-@cache
 def _native() -> ModuleType | None:
-    module = load_native()
-    if isinstance(module, str) or not hasattr(module, "dropout_apply"):
-        why = module if isinstance(module, str) else "built by another compiler"
-        logger.info("dropout on a CPU takes a few percent longer: %s", why)
-        return None
-    return module
+    return native_with("dropout_apply", "dropout on a CPU takes a few percent longer")

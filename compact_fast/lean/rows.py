@@ -7,17 +7,13 @@ exponential. Nothing here knows autograd.
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from compact_fast.lean.kept import passing
-from compact_fast.native import load_native
-
-logger = logging.getLogger(__name__)
+from compact_fast.native import native_with
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
@@ -115,11 +111,5 @@ def _native_for(*given: Tensor) -> ModuleType | None:
     return _native() if fit else None
 
 
-@cache
 def _native() -> ModuleType | None:
-    module = load_native()
-    if isinstance(module, str) or not hasattr(module, "gated"):
-        why = module if isinstance(module, str) else "built by another compiler"
-        logger.info("layers on a CPU take a few percent longer: %s", why)
-        return None
-    return module
+    return native_with("gated", "layers on a CPU take a few percent longer")

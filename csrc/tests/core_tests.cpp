@@ -43,6 +43,13 @@ std::int64_t below(Random& random, std::int64_t limit) {
   return static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(limit));
 }
 
+std::vector<float> normals(Random& random, std::int64_t size, float spread) {
+  std::normal_distribution<float> normal(0.0f, spread);
+  std::vector<float> values(static_cast<std::size_t>(size));
+  for (auto& value : values) value = normal(random);
+  return values;
+}
+
 Options default_options() {
   Options o;
   o.weight_result = 358, o.weight_numbers = 307, o.weight_operators = 102, o.weight_text = 102;
@@ -386,12 +393,7 @@ void test_pairs() {
 // A layer's rows of every size against double; all memory exactly its size.
 void test_layers(int trials) {
   Random random(23);
-  std::normal_distribution<float> normal(0.0f, 2.0f);
-  const auto filled = [&](std::int64_t size) {
-    std::vector<float> values(static_cast<std::size_t>(size));
-    for (auto& value : values) value = normal(random);
-    return values;
-  };
+  const auto filled = [&](std::int64_t size) { return normals(random, size, 2.0f); };
   const auto close = [](float found, double want, double size) {
     CHECK(std::abs(static_cast<double>(found) - want) <= 1e-6 * size + 1e-30);
   };
@@ -448,12 +450,7 @@ void test_layers(int trials) {
 void test_products(int trials) {
   if (!can_multiply()) return;
   Random random(17);
-  std::normal_distribution<float> normal(0.0f, 1.0f);
-  const auto filled = [&](std::int64_t size) {
-    std::vector<float> values(static_cast<std::size_t>(size));
-    for (auto& value : values) value = normal(random);
-    return values;
-  };
+  const auto filled = [&](std::int64_t size) { return normals(random, size, 1.0f); };
   const auto factor = [&](const std::vector<float>& x, std::int64_t rows, std::int64_t columns) {
     return below(random, 2) ? Factor{x.data(), columns, 1} : Factor{x.data(), 1, rows};
   };

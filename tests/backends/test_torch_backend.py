@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from compact_fast import CompactConfig, compact_loss, token_logp
 from compact_fast.backends import head as head_module
-from compact_fast.backends import held_rows
+from compact_fast.backends import held_rows, torch_backend
 from compact_fast.backends.head import Head
 from compact_fast.backends.reference_backend import ReferenceBackend
 from compact_fast.backends.torch_backend import TorchBackend
@@ -68,6 +68,30 @@ def assert_equal(batch, config, backend, *, tolerance=1e-11, **kwargs):
             )
         else:  # no gradient by autograd: none, or all zeros
             assert y is None or not y.any()
+
+
+@pytest.mark.parametrize("rows", [0, 5, 1000])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_answers_wait_for_a_product_with_those_of_other_groups(frozen, rows, monkeypatch):
+    """None of them, some, and all: with a trained head the last group's need not be copied."""
+    monkeypatch.setattr(torch_backend, "waiting_bytes", lambda head_bytes: rows * ROW)
+    product, seen = Head.back_to_rows, []
+
+    def spy(self, parts, blocks=()):
+        seen.append((len(parts), len(blocks) > 0))
+        return product(self, parts, blocks)
+
+    monkeypatch.setattr(Head, "back_to_rows", spy)
+    batch = random_batch((4,) * 12, seed=4, longest=30, unlabelled=False)
+    config = CompactConfig(consistency_weight=0.7, filter_below=0.0)
+    assert_equal(batch, config, CHUNKINGS["held"], frozen=frozen)
+    if rows == 0:
+        assert set(seen) == {(1, False) if frozen else (0, True)}
+    elif rows == 1000:
+        assert seen == [(12, False)]
+    else:
+        assert 1 < len(seen) < 12
+        assert ((3, False) if frozen else (2, True)) in seen
 
 
 def test_non_uniform_fixed_weights_against_autograd():

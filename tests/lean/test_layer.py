@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
+from replaced import of_kind, trained, with_forward
 from torch import nn
 from transformers import (
     Gemma2Config,
@@ -36,22 +35,15 @@ IDS = torch.tensor([[1, 5, 9, 2, 30, 7]])
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]
+    return of_kind(model, "DecoderLayer")
 
 
 def with_ours(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model)
-    for one in layers(model):
-        assert is_layer(one)
-        one.forward = lambda *a, one=one, **k: layer_forward(one, *a, **k)
-    return model
+    return with_forward(model, "DecoderLayer", is_layer, layer_forward)
 
 
 def run(model: nn.Module) -> list[torch.Tensor]:
-    model.zero_grad()
-    logits = model.train()(input_ids=IDS, use_cache=False).logits
-    logits.pow(2).mean().backward()
-    return [logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    return trained(model, input_ids=IDS, use_cache=False)
 
 
 @pytest.mark.parametrize("recomputed", [False, True])

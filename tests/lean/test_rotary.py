@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from types import FunctionType
 
 import pytest
 import torch
+from replaced import trained, with_forward
 from torch import nn
 from transformers import (
     GPTJConfig,
@@ -41,23 +41,12 @@ MODELS = {
 native = pytest.mark.skipif(rows._native() is None, reason="no native module")
 
 
-def attention_layers(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if type(m).__name__.endswith("Attention")]
-
-
 def with_ours(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model)
-    for layer in attention_layers(model):
-        assert is_rotary(layer)
-        layer.forward = lambda *a, layer=layer, **k: rotary_forward(layer, *a, **k)
-    return model
+    return with_forward(model, "Attention", is_rotary, rotary_forward)
 
 
 def run(model: nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
-    model.zero_grad()
-    logits = model.train()(input_ids=ids).logits
-    logits.pow(2).mean().backward()
-    return [logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    return trained(model, input_ids=ids)
 
 
 @native
