@@ -75,10 +75,11 @@ class TokenizedData:
     teachers: list[str]
     thinking_ids: list[int]
     report: dict[str, Any] = field(default_factory=dict)
-    """Counts: questions_read, questions, rationales, tokens, prompt_tokens, completion_tokens,
-    longest, answer_spans (rationales that state the gold answer), truncated, ends_early (texts
-    that hold the end-of-turn token themselves), dropped_rationales and dropped_questions by
-    reason, teachers (rationales, right, wrong, unknown, tokens by name); and from_cache."""
+    """Counts: questions_read, questions, rationales, tokens (a prompt with each of its rationales),
+    prompt_tokens (a prompt once), completion_tokens, longest, answer_spans (rationales that state
+    the gold answer), truncated, ends_early (texts that hold the end-of-turn token themselves),
+    dropped_rationales and dropped_questions by reason, teachers (rationales, right, wrong,
+    unknown, tokens by name); and from_cache."""
 
     def __len__(self) -> int:
         return len(self.rows)

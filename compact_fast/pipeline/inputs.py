@@ -166,7 +166,8 @@ def _split(
 
 def _tokens_line(report: dict[str, Any]) -> str:
     total = report["tokens"]
-    share = report["prompt_tokens"] / total if total else 0.0
+    # of rationales each behind its own prompt, as `total` counts them
+    share = 1 - report["completion_tokens"] / total if total else 0.0
     parts = [
         f"{total:,} in {counted(report['rationales'], 'rationale')} ({percent(share)} prompt), "
         f"longest {report['longest']:,}"

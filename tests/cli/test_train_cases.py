@@ -150,6 +150,22 @@ def test_check_reads_what_would_be_evaluated(go, tiny_student, rationales, tmp_p
     assert "perplexity of" in out
 
 
+def test_check_counts_a_prompt_with_each_of_its_rationales(go, tiny_student, rationales):
+    from transformers import AutoTokenizer
+
+    from compact_fast.data import read_questions, tokenize_questions
+
+    questions = list(read_questions(rationales))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_student)
+    rows = tokenize_questions(questions, tokenizer, teachers=["ada", "bob"]).rows
+    prompts = sum(len(row["prompt_ids"]) for row in rows for _ in row["completion_ids"])
+    tokens = prompts + sum(len(c) for row in rows for c in row["completion_ids"])
+    code, out, err = go("check", "--student", tiny_student, "--data", rationales)
+    assert code == 0, err
+    assert f"Tokens     {tokens:,} in" in out
+    assert f"({100 * prompts / tokens:.1f} % prompt)" in out
+
+
 def test_too_short_for_any_rationale(train):
     refused(train("--max-length", "4"), "max_length")
 
