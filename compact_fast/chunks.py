@@ -10,8 +10,10 @@ from __future__ import annotations
 import mmap
 import sys
 import threading
+from bisect import bisect_left, insort
+from functools import lru_cache
 from itertools import accumulate
-from operator import mul
+from operator import attrgetter, mul
 
 import torch
 from torch import Tensor
@@ -23,13 +25,11 @@ class Chunk:
     """A piece of memory. `reach`: so many of its bytes were ever in use."""
 
     def __init__(self, size: int) -> None:
+        self.size = size
         self.memory = _map(size)
         self.address = self.storage().data_ptr()
         self.reach = 0
         self.last = 0  # when it was taken, as its owner counts
-
-    def __len__(self) -> int:
-        return len(self.memory)
 
     def storage(self) -> torch.UntypedStorage:
         """For tensors; each refers to `memory` as long as it lives."""
@@ -41,11 +41,14 @@ class Chunk:
         return sys.getrefcount(self.memory) == _ALONE
 
 
+_SIZE = attrgetter("size")
+
+
 class Chunks(threading.local):
     """Chunks, each used again when all that lay in it is gone; every thread has its own."""
 
     def __init__(self) -> None:
-        self.all: list[Chunk] = []
+        self.all: list[Chunk] = []  # the smallest first
         self._addresses: set[int] = set()
 
     def __contains__(self, t: Tensor) -> bool:
@@ -54,7 +57,7 @@ class Chunks(threading.local):
     @property
     def size(self) -> int:
         """Bytes of all."""
-        return sum(map(len, self.all))
+        return sum(c.size for c in self.all)
 
     @property
     def reach(self) -> int:
@@ -65,17 +68,26 @@ class Chunks(threading.local):
         """The smallest of at least `size` bytes in which nothing lies; a new one has `usual` if it
         can, and those that are too small go for it, or lengths that rise would leave them all.
         """
-        free = sorted((c for c in self.all if c.empty), key=len)
-        found = next((c for c in free if len(c) >= size), None)
+        found = self._find(size, sys.maxsize)
         if found is not None:
             return found
         wanted = max(usual, size)
         self.let_go(wanted)
         return self._make(wanted)
 
+    def _find(self, least: int, most: int) -> Chunk | None:
+        """The smallest of so many bytes in which nothing lies."""
+        for i in range(bisect_left(self.all, least, key=_SIZE), len(self.all)):
+            chunk = self.all[i]
+            if chunk.size > most:
+                break
+            if chunk.empty:
+                return chunk
+        return None
+
     def _make(self, size: int) -> Chunk:
         new = Chunk(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
-        self.all.append(new)
+        insort(self.all, new, key=_SIZE)
         self._addresses.add(new.address)
         return new
 
@@ -93,11 +105,11 @@ class Chunks(threading.local):
     def let_go(self, wanted: int) -> int:
         """Return chunks in which nothing lies to the system, the largest first, `wanted` bytes if
         there are; how many of them were ever in use."""
-        free, before = sorted((c for c in self.all if c.empty), key=len), self.reach
+        free, before = [c for c in self.all if c.empty], self.reach
         while free and wanted > 0:
             chunk = free.pop()
             self._drop(chunk)
-            wanted -= len(chunk)
+            wanted -= chunk.size
         return before - self.reach
 
     def give_back(self) -> None:
@@ -116,8 +128,7 @@ class Recycled(Chunks):
         """One of at least `size` bytes and at most twice as many in which nothing lies; for a new
         one those go that were not taken for long."""
         self._taken += 1
-        fit = (c for c in self.all if size <= len(c) <= 2 * size and c.empty)
-        found = min(fit, key=len, default=None)
+        found = self._find(size, 2 * size)
         if found is None:
             for chunk in [c for c in self.all if self._taken - c.last > LONG and c.empty]:
                 self._drop(chunk)
@@ -154,6 +165,7 @@ def _map(size: int) -> mmap.mmap:
     return memory
 
 
+@lru_cache(maxsize=4096)
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Of a contiguous tensor."""
     return tuple(accumulate(reversed(shape[1:]), mul, initial=1))[::-1] if shape else ()

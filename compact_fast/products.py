@@ -59,6 +59,17 @@ def linear(x: Tensor, w: Tensor, room: Room = _room) -> Tensor:
     return out
 
 
+def add_linear(into: Tensor, x: Tensor, w: Tensor) -> None:
+    """into [n, out] += x [n, in] times w^T; as `linear`."""
+    product = quick(into)
+    if product is not None:
+        into += product(x, w)
+    elif len(x) < FEW:
+        into.addmm_(x, w.T)
+    else:
+        multiply(into, x, w.T, add=True)
+
+
 def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
     """out [m, n] = a [m, k] b [k, n], or += with `add`; all of one dtype. Returns `out`."""
     product = _native() if all(map(_plain, (out, a, b))) else None

@@ -23,7 +23,7 @@ using namespace compact;
 
 namespace {
 
-constexpr int kAbi = 7;
+constexpr int kAbi = 8;
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
@@ -394,10 +394,9 @@ void pair_gradients(std::uintptr_t z, std::ptrdiff_t stride, std::int64_t width,
                        threads);
 }
 
-void dropout_draw(std::uintptr_t state, std::uint32_t most, std::uintptr_t bits, std::int64_t n) {
+void dropout_draw(std::uint64_t seed, std::uint32_t most, std::uintptr_t bits, std::int64_t n) {
   py::gil_scoped_release release;
-  draw_bits(reinterpret_cast<const std::uint64_t*>(state), most,
-            reinterpret_cast<std::uint8_t*>(bits), n);
+  draw_bits(seed, most, reinterpret_cast<std::uint8_t*>(bits), n);
 }
 
 void dropout_apply(std::uintptr_t x, int size, std::uintptr_t bits, std::uintptr_t out,
@@ -405,6 +404,13 @@ void dropout_apply(std::uintptr_t x, int size, std::uintptr_t bits, std::uintptr
   py::gil_scoped_release release;
   apply_bits(reinterpret_cast<const void*>(x), size, reinterpret_cast<const std::uint8_t*>(bits),
              reinterpret_cast<void*>(out), n, threads);
+}
+
+void dropout_add(std::uintptr_t x, std::uintptr_t bits, std::uintptr_t out, std::int64_t n,
+                 int threads) {
+  py::gil_scoped_release release;
+  add_bits(reinterpret_cast<const float*>(x), reinterpret_cast<const std::uint8_t*>(bits),
+           reinterpret_cast<float*>(out), n, threads);
 }
 
 float* floats_at(std::uintptr_t address) { return reinterpret_cast<float*>(address); }
@@ -473,6 +479,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("pair_gradients", &pair_gradients);
   m.def("dropout_draw", &dropout_draw);
   m.def("dropout_apply", &dropout_apply);
+  m.def("dropout_add", &dropout_add);
   m.def("gated", &gate_rows);
   m.def("gated_back", &gate_gradients);
   m.def("norm", &norm_rows);

@@ -20,7 +20,7 @@ typedef std::uint16_t Draws __attribute__((vector_size(64)));
 typedef std::uint32_t Lanes __attribute__((vector_size(64)));
 
 struct Drawing {
-  const std::uint64_t* state;
+  std::uint64_t seed;
   std::uint32_t most;
   std::uint8_t* bits;
   std::int64_t n;
@@ -34,12 +34,21 @@ COMPACT_INLINE std::uint32_t below(Words words, std::uint32_t most) {
   return found;
 }
 
+// SplitMix64.
+COMPACT_INLINE std::uint64_t next_seed(std::uint64_t& seed) {
+  std::uint64_t z = seed += 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
 COMPACT_INLINE void draw(const Drawing& d) {
   Words a, b, c, counter;
-  std::memcpy(&a, d.state, sizeof a);
-  std::memcpy(&b, d.state + 8, sizeof b);
-  std::memcpy(&c, d.state + 16, sizeof c);
-  std::memcpy(&counter, d.state + 24, sizeof counter);
+  std::uint64_t seed = d.seed;
+  for (int i = 0; i < 8; ++i) a[i] = next_seed(seed);
+  for (int i = 0; i < 8; ++i) b[i] = next_seed(seed);
+  for (int i = 0; i < 8; ++i) c[i] = next_seed(seed);
+  counter = Words{} + 1;
   const std::int64_t bytes = (d.n + 7) / 8;
   for (std::int64_t at = 0; at < bytes; at += 4) {
     const Words word = a + b + counter;
@@ -53,6 +62,19 @@ COMPACT_INLINE void draw(const Drawing& d) {
   }
 }
 
+typedef float Floats __attribute__((vector_size(64)));
+
+// All bits of a lane where its unit is kept. No comparison: see lanes.h.
+COMPACT_INLINE Lanes kept_lanes(const std::uint8_t* bits, std::int64_t i) {
+  const Lanes place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const std::uint32_t both = bits[i / 8] | static_cast<std::uint32_t>(bits[i / 8 + 1]) << 8;
+  return Lanes{} - (((Lanes{} + both) >> place) & 1);
+}
+
+COMPACT_INLINE bool is_kept(const std::uint8_t* bits, std::int64_t i) {
+  return bits[i / 8] >> (i % 8) & 1;
+}
+
 // Entries as whole numbers of their size: what is not kept is all zero bits. Begins at a multiple
 // of 16.
 template <class Entry>
@@ -62,17 +84,34 @@ COMPACT_INLINE void apply(const void* from, const std::uint8_t* bits, void* to, 
   Entry* out = static_cast<Entry*>(to);
   std::int64_t i = begin;
   if (sizeof(Entry) == 4) {
-    const Lanes place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (; i + 16 <= end; i += 16) {
-      const std::uint32_t both = bits[i / 8] | static_cast<std::uint32_t>(bits[i / 8 + 1]) << 8;
       Lanes v;
       std::memcpy(&v, x + i, sizeof v);
-      v &= Lanes{} - (((Lanes{} + both) >> place) & 1);  // no comparison: see lanes.h
+      v &= kept_lanes(bits, i);
       std::memcpy(out + i, &v, sizeof v);
     }
   }
-  for (; i < end; ++i) out[i] = bits[i / 8] >> (i % 8) & 1 ? x[i] : Entry{0};
+  for (; i < end; ++i) out[i] = is_kept(bits, i) ? x[i] : Entry{0};
 }
+
+COMPACT_INLINE void add(const float* x, const std::uint8_t* bits, float* out, std::int64_t begin,
+                        std::int64_t end) {
+  std::int64_t i = begin;
+  for (; i + 16 <= end; i += 16) {
+    Lanes v;
+    Floats sum, more;
+    std::memcpy(&v, x + i, sizeof v);
+    v &= kept_lanes(bits, i);
+    std::memcpy(&more, &v, sizeof v);
+    std::memcpy(&sum, out + i, sizeof sum);
+    sum += more;
+    std::memcpy(out + i, &sum, sizeof sum);
+  }
+  for (; i < end; ++i)
+    if (is_kept(bits, i)) out[i] += x[i];
+}
+
+constexpr int kAdd = 0;  // for a size: floats that are added
 
 struct Applying {
   const void* x;
@@ -83,6 +122,8 @@ struct Applying {
 };
 
 COMPACT_INLINE void apply_any(const Applying& a, std::int64_t begin, std::int64_t end) {
+  if (a.size == kAdd)
+    add(static_cast<const float*>(a.x), a.bits, static_cast<float*>(a.out), begin, end);
   if (a.size == 2) apply<std::uint16_t>(a.x, a.bits, a.out, begin, end);
   if (a.size == 4) apply<std::uint32_t>(a.x, a.bits, a.out, begin, end);
   if (a.size == 8) apply<std::uint64_t>(a.x, a.bits, a.out, begin, end);
@@ -132,8 +173,8 @@ void share(void* data, int part, int parts) {
 
 }  // namespace
 
-void draw_bits(const std::uint64_t* state, std::uint32_t most, std::uint8_t* bits, std::int64_t n) {
-  widest().draw({state, most, bits, n});
+void draw_bits(std::uint64_t seed, std::uint32_t most, std::uint8_t* bits, std::int64_t n) {
+  widest().draw({seed, most, bits, n});
 }
 
 void apply_bits(const void* x, int size, const std::uint8_t* bits, void* out, std::int64_t n,
@@ -142,6 +183,10 @@ void apply_bits(const void* x, int size, const std::uint8_t* bits, void* out, st
   Shared shared{work, widest().apply};
   if (n < 1 << 15) threads = 1;  // too little to share
   on_host_threads(threads, share, &shared);
+}
+
+void add_bits(const float* x, const std::uint8_t* bits, float* out, std::int64_t n, int threads) {
+  apply_bits(x, kAdd, bits, out, n, threads);
 }
 
 }  // namespace compact

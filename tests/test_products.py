@@ -14,7 +14,7 @@ from compact_fast.backends.torch_backend import TorchBackend
 from compact_fast.config import CompactConfig
 from compact_fast.loss import compact_loss
 from compact_fast.native import load_native
-from compact_fast.products import add_transposed, linear, multiply, quick
+from compact_fast.products import add_linear, add_transposed, linear, multiply, quick
 from compact_fast.testing import random_batch
 
 native = pytest.mark.skipif(products._native() is None, reason="no native products here")
@@ -123,6 +123,20 @@ def test_the_gradient_of_a_weight_is_as_exact_as_torchs():
     error, usual = (found - exact).abs(), (g.T @ x - exact).abs()
     floor = float(exact.abs().max()) * torch.finfo(torch.float32).eps
     assert float(error.mean()) <= 2 * float(usual.mean()) + floor
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("n", [0, 5, 64, 77])
+@pytest.mark.parametrize("onednn", [False, True])
+def test_products_are_added(onednn, n, transposed, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(products, "_onednn", lambda: (lambda x, w: x @ w.T) if onednn else None)
+    into, x, w = torch.randn(n, 90), torch.randn(n, 24), torch.randn(90, 24)
+    if transposed:
+        w = w.T.contiguous().T
+    expected = into.double() + x.double() @ w.double().T
+    add_linear(into, x, w)
+    torch.testing.assert_close(into.double(), expected, rtol=1e-6, atol=1e-5)
 
 
 def test_long_sums_are_left_to_torch(elsewhere, monkeypatch):

@@ -30,8 +30,7 @@ from compact_fast.heap import keep_top
 from compact_fast.lean.blocks import is_gated_mlp, is_norm, mlp_forward, norm_forward
 from compact_fast.lean.kept import settle
 from compact_fast.lean.layer import is_layer, layer_forward
-from compact_fast.lean.linear import is_large_linear, linear_forward
-from compact_fast.lean.projection import is_lora, lora_forward
+from compact_fast.lean.linear import is_large_linear, is_lora, linear_forward, lora_forward
 from compact_fast.lean.rotary import is_rotary, rotary_forward
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from compact_fast.lean.kept import keep, lasting_output, settle
+from compact_fast.lean.linear import project_together
 from compact_fast.lean.ordinary import computes, is_ordinary, same
 from compact_fast.lean.rows import gated, gated_gradients, norm, norm_again, norm_gradient
 from compact_fast.lean.sources import Source, note_source
@@ -118,15 +119,20 @@ def mlp_forward(self: Any, x: Tensor) -> Tensor:
     if not is_ordinary(self.act_fn):
         return cast(Tensor, type(self).forward(self, x))
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return cast(Tensor, self.down_proj(gated(self.gate_proj(x), self.up_proj(x))))
+        return cast(Tensor, self.down_proj(gated(*_gate_and_up(self, x))))
     # each where it will be kept at once, or both lie in the heap a second time
     with lasting_output():
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = _gate_and_up(self, x)
     gate, up = settle(gate), settle(up)
     inner, gate, up = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
     if gate.device.type == "cpu":  # elsewhere kept as it is: untried
         note_source(inner, Source(gated, (gate, up)))
     return cast(Tensor, self.down_proj(inner))
+
+
+def _gate_and_up(self: Any, x: Tensor) -> tuple[Tensor, ...]:
+    found = project_together((self.gate_proj, self.up_proj), x)
+    return (self.gate_proj(x), self.up_proj(x)) if found is None else found
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -13,43 +13,57 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compact_fast.lean.kept import passing
+from compact_fast.lean.kept import lasting, passing
 from compact_fast.native import native_with
 
 _RANGE = 1 << 16  # a unit is kept where 16 random bits lie below its share of them
 _GENERATORS = 8
+_WORD = (1 << 64) - 1
 
 
-def draw(like: Tensor, share: float) -> tuple[Tensor, float]:
+def draw(like: Tensor, share: float, *, last: bool = False) -> tuple[Tensor, float]:
     """(which units are kept, for `apply`; the probability it really has).
 
     On a CPU uint8 [ceil(entries / 8)], entry i in bit i % 8 of byte i // 8; elsewhere uint8 as
-    `like`.
+    `like`. `last`: where it will be kept.
     """
     if like.device.type != "cpu":
         return (torch.rand(like.shape, device=like.device) < share).view(torch.uint8), share
     n, most = like.numel(), round(share * _RANGE)
     seed = int(torch.randint(1 << 62, ()))
-    if most in (0, _RANGE):
-        return torch.full((-(-n // 8),), 255 * (most > 0), dtype=torch.uint8), most / _RANGE
-    start = np.random.SeedSequence(seed).generate_state(3 * _GENERATORS, np.uint64)
-    state = np.concatenate([start, np.ones(_GENERATORS, np.uint64)]).reshape(4, _GENERATORS)
+    shape = (-(-n // 8),)
+    bits = lasting(shape, like, torch.uint8) if last else torch.empty(shape, dtype=torch.uint8)
     native = _native()
-    if native is None:
-        return torch.from_numpy(_draw(state, most, n)), most / _RANGE
-    bits = torch.empty(-(-n // 8), dtype=torch.uint8)
-    native.dropout_draw(state.ctypes.data, most, bits.data_ptr(), n)
+    if most in (0, _RANGE):
+        bits.fill_(255 * (most > 0))
+    elif native is None:
+        bits.copy_(torch.from_numpy(_draw(seed, most, n)))
+    else:
+        native.dropout_draw(seed, most, bits.data_ptr(), n)
     return bits, most / _RANGE
 
 
-def _draw(state: np.ndarray, most: int, n: int) -> np.ndarray:
+def _draw(seed: int, most: int, n: int) -> np.ndarray:
     turns = -(-n // (4 * _GENERATORS))
     words = np.empty((turns, _GENERATORS), "<u8")
+    states = np.ones((4, _GENERATORS), np.uint64)
+    states[:3] = np.array(_split_mix(seed, 3 * _GENERATORS), np.uint64).reshape(3, _GENERATORS)
     for i in range(_GENERATORS):
         generator = np.random.SFC64()
-        generator.state = {**generator.state, "state": {"state": state[:, i]}}
+        generator.state = {**generator.state, "state": {"state": states[:, i]}}
         words[:, i] = generator.random_raw(turns)
     return np.packbits(words.reshape(-1).view("<u2")[:n] < most, bitorder="little")
+
+
+def _split_mix(seed: int, count: int) -> list[int]:
+    """So many numbers of SplitMix64."""
+    found = []
+    for i in range(1, count + 1):
+        z = (seed + i * 0x9E3779B97F4A7C15) & _WORD
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _WORD
+        found.append(z ^ (z >> 31))
+    return found
 
 
 def apply(x: Tensor, kept: Tensor, *, in_place: bool = False) -> Tensor:
@@ -68,6 +82,16 @@ def apply(x: Tensor, kept: Tensor, *, in_place: bool = False) -> Tensor:
     places = (x.data_ptr(), x.itemsize, kept.data_ptr(), out.data_ptr())
     native.dropout_apply(*places, x.numel(), torch.get_num_threads())
     return out
+
+
+def add(into: Tensor, x: Tensor, kept: Tensor) -> Tensor:
+    """into + `apply(x, kept)`, in place, both contiguous; x may be changed, too."""
+    native = _native()
+    if native is None or into.device.type != "cpu" or not into.dtype == x.dtype == torch.float32:
+        return into.add_(apply(x, kept, in_place=True))
+    places = (x.data_ptr(), kept.data_ptr(), into.data_ptr())
+    native.dropout_add(*places, x.numel(), torch.get_num_threads())
+    return into
 
 
 def _native() -> ModuleType | None:

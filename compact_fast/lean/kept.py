@@ -99,11 +99,11 @@ def output(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return (lasting if _OUTPUTS.last else passing)(shape, like)
 
 
-def lasting(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Memory for a tensor that will be kept."""
+def lasting(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for a tensor that will be kept; of another dtype than `like`'s."""
     if like.device.type != "cpu":
-        return like.new_empty(shape)
-    return _LASTING.empty(shape, like.dtype)
+        return like.new_empty(shape, dtype=dtype)
+    return _LASTING.empty(shape, dtype or like.dtype)
 
 
 def settle(t: Tensor, *, recomputed: bool = False) -> Tensor:
@@ -179,7 +179,9 @@ def give_back() -> None:
 
 
 def gradient_room(like: Tensor) -> Tensor:
-    """Memory for the gradient of a parameter on a CPU."""
+    """Memory for the gradient of a parameter; contiguous."""
+    if like.device.type != "cpu":
+        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
     return _GRADIENTS.empty(tuple(like.shape), like.dtype)
 
 

@@ -1,23 +1,31 @@
-"""Plain linear layers, trained or frozen, that keep what their input was made from, not the input.
+"""Linear layers, with a LoRA adapter or without, whose products `projection` makes.
 
-Layers that read one tensor share what is kept of it, and a gradient of the weights is made in
-memory of its own; products go the way that is quickest on the processor (`products`).
+Layers that read one tensor and are called one behind another (queries, keys and values; gate and
+up) take one step together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from compact_fast.lean.kept import gradient_room, keep, output, passing
-from compact_fast.lean.sources import source_of
-from compact_fast.products import add_transposed, linear
+from compact_fast.lean import dropout
+from compact_fast.lean.ordinary import is_ordinary, is_watched
+from compact_fast.lean.projection import Projection, project
 
 _LEAST_NUMBERS = 1 << 16  # of the weight: below, a step of Python costs more than it saves
+
+
+def is_lora(module: nn.Module) -> bool:
+    """Whether it is peft's LoRA layer over a plain linear one."""
+    kind = type(module)
+    return (kind.__module__, kind.__name__) == ("peft.tuners.lora.layer", "Linear") and type(
+        getattr(module, "base_layer", None)
+    ) is nn.Linear
 
 
 def is_large_linear(module: nn.Module) -> bool:
@@ -27,58 +35,79 @@ def is_large_linear(module: nn.Module) -> bool:
     return module.weight.device.type == "cpu" and module.weight.numel() >= _LEAST_NUMBERS
 
 
+def lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A LoRA layer's forward; as it was wherever anything is out of the ordinary."""
+    if args or kwargs or not _fits_lora(self, x):
+        return cast(Tensor, type(self).forward(self, x, *args, **kwargs))
+    return projected((self,), x)[0]
+
+
 def linear_forward(self: Any, x: Tensor) -> Tensor:
-    """The layer's forward; as it was wherever anything is out of the ordinary."""
-    w, bias = self.weight, self.bias
+    """A linear layer's forward; as it was wherever anything is out of the ordinary."""
+    return projected((self,), x)[0] if _fits_linear(self, x) else type(self).forward(self, x)
+
+
+def project_together(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...] | None:
+    """What layers make of one input, in one step; None where one of them has to be called."""
+    return projected(layers, x) if all(_is_ours(layer, x) for layer in layers) else None
+
+
+def _is_ours(layer: Any, x: Tensor) -> bool:
+    """Whether a call of the layer would end here, and nobody would notice."""
+    forward = vars(layer).get("forward")
+    if not isinstance(forward, partial) or is_watched(layer):
+        return False
+    fits = {lora_forward: _fits_lora, linear_forward: _fits_linear}.get(forward.func)
+    return fits is not None and fits(layer, x)
+
+
+def projected(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:
+    """What layers that fit make of x [..., in]: [..., out]."""
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+    return project(x, [_projection(layer, x, dtype) for layer in layers])
+
+
+def _projection(layer: Any, x: Tensor, dtype: torch.dtype) -> Projection:
+    if type(layer) is nn.Linear:
+        return Projection(layer.weight, layer.bias)
+    name, base = layer.active_adapters[0], layer.base_layer
+    dropping = layer.lora_dropout[name]
+    share = 1.0 - dropping.p if dropping.training and isinstance(dropping, nn.Dropout) else 1.0
+    units = None
+    if share < 1.0:
+        units, share = dropout.draw(x, share, last=torch.is_grad_enabled())
+    scale = layer.scaling[name] / share if share > 0 else 0.0
+    w, a, b = base.weight, layer.lora_A[name].weight, layer.lora_B[name].weight
+    bias = None if base.bias is None else base.bias.to(dtype)
+    return Projection(w.to(dtype), bias, a.to(dtype), b.to(dtype), units, scale)
+
+
+def _fits_linear(layer: Any, x: Tensor) -> bool:
+    w = layer.weight
     usual = type(w) is nn.Parameter and x.dtype == w.dtype and x.device.type == "cpu"
-    if not usual or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-        return nn.functional.linear(x, w, bias)
-    if not torch.is_grad_enabled():
-        return _product(x, w, bias)
-    source = source_of(x)
-    make, parts = (None, (x,)) if source is None else (source.make, source.parts)
-    return cast(Tensor, _Linear.apply(x, w, bias, make, *parts))  # type: ignore[no-untyped-call]
+    return usual and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
 
 
-def _product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    out = linear(x, w, output)
-    return out if bias is None else out.add_(bias)
-
-
-class _Linear(torch.autograd.Function):
-    """x w^T + bias. It keeps x, or the parts that `make` makes it of, if w is trained."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,  # [..., in]
-        w: Tensor,  # [out, in]
-        bias: Tensor | None,  # [out]
-        make: Callable[..., Tensor] | None,
-        *parts: Tensor,
-    ) -> Tensor:  # [..., out]
-        out = _product(x, w, bias)
-        kept: tuple[Tensor, ...] = ()
-        if ctx.needs_input_grad[1]:
-            kept = parts if make is not None else (keep(x),)
-        ctx.save_for_backward(w, *kept)
-        ctx.make, ctx.shape, ctx.given = make, x.shape, len(parts)
-        # no view of the product: what a Function returns as one may not be changed in place
-        return cast(Tensor, torch.ops.aten._unsafe_view(out, out.shape))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        w, *kept = ctx.saved_tensors
-        g = grad.reshape(-1, w.shape[0])
-        g_x = g_w = g_bias = None
-        if ctx.needs_input_grad[1]:
-            x = kept[0] if ctx.make is None else ctx.make(*kept)
-            x = x.reshape(-1, w.shape[1])
-            g_w = gradient_room(w)
-            add_transposed(g_w, g, x, overwrite=True)
-        if ctx.needs_input_grad[2]:
-            g_bias = g.sum(0)
-        if ctx.needs_input_grad[0]:
-            g_x = linear(g, w.T, passing).view(ctx.shape)
-        return g_x, g_w, g_bias, None, *(None,) * ctx.given
+def _fits_lora(layer: Any, x: Tensor) -> bool:
+    """Whether it has one active adapter, a plain one, and computes in one dtype."""
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return False
+    name: str = layer.active_adapters[0]
+    if name not in layer.lora_A or name in layer.lora_variant:
+        return False
+    base, a, b = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
+    dropping = layer.lora_dropout[name]
+    if (
+        b.bias is not None
+        or not all(map(is_ordinary, (base, a, b, dropping)))
+        or not isinstance(dropping, (nn.Dropout, nn.Identity))
+        or base.weight.requires_grad
+        or (base.bias is not None and base.bias.requires_grad)
+    ):
+        return False
+    alike = x.dtype == base.weight.dtype == a.weight.dtype == b.weight.dtype
+    casts = torch.is_autocast_enabled(x.device.type)
+    return (alike or casts) and not torch.compiler.is_compiling()

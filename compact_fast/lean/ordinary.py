@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 def is_ordinary(module: nn.Module) -> bool:
     """Whether it has the forward of its class, and nobody wants to know when it is called."""
-    return "forward" not in vars(module) and not (
+    return "forward" not in vars(module) and not is_watched(module)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody wants to know when it is called."""
+    return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

@@ -1,114 +1,63 @@
-"""Linear layers, with a LoRA adapter or without, that keep little for the backward pass.
+"""Products of one input with several layers' weights, in one step of autograd.
 
 peft's LoRA layer keeps the dropped input and a float mask, 8 bytes for every number it reads, for
 each of the seven projections of a block. Here projections share their input, or what it was made
-from, and a mask takes one bit on a CPU; the update is added in place.
+from, which is made again once for all of them; a mask takes one bit on a CPU, updates are added in
+place, and so are the gradients by the input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from compact_fast.lean import dropout
-from compact_fast.lean.kept import keep, keep_gradient, output, passing
-from compact_fast.lean.ordinary import is_ordinary
+from compact_fast.lean.kept import gradient_room, keep, keep_gradient, output, passing
 from compact_fast.lean.sources import source_of
-from compact_fast.products import linear
+from compact_fast.products import add_linear, add_transposed, linear
 
 
-def is_lora(module: nn.Module) -> bool:
-    """Whether it is peft's LoRA layer over a plain linear one."""
-    kind = type(module)
-    return (kind.__module__, kind.__name__) == ("peft.tuners.lora.layer", "Linear") and type(
-        getattr(module, "base_layer", None)
-    ) is nn.Linear
+class Projection(NamedTuple):
+    """x w^T + bias + scale · (units ∘ x) a^T b^T, or x w^T + bias where there is no a and b."""
+
+    w: Tensor  # [out, in]; frozen where there is a
+    bias: Tensor | None  # [out]
+    a: Tensor | None = None  # [r, in]
+    b: Tensor | None = None  # [out, r]
+    units: Tensor | None = None  # the input's that dropout keeps; None: all
+    scale: float = 1.0
 
 
-def lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A LoRA layer's forward; as it was wherever anything is out of the ordinary."""
-    name = _plain_adapter(self) if not (args or kwargs) else None
-    base = self.base_layer
-    if name is None or torch.compiler.is_compiling():
-        return cast(Tensor, type(self).forward(self, x, *args, **kwargs))
-    a, b = self.lora_A[name].weight, self.lora_B[name].weight
-    w, bias = base.weight, base.bias
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, a, b, w = (t.to(dtype) for t in (x, a, b, w))
-        bias = None if bias is None else bias.to(dtype)
-    if not x.dtype == a.dtype == b.dtype == w.dtype:
-        return cast(Tensor, type(self).forward(self, x))
-    dropping = self.lora_dropout[name]
-    share = 1.0 - dropping.p if dropping.training and isinstance(dropping, nn.Dropout) else 1.0
-    units, share = dropout.draw(x, share) if share < 1.0 else (None, 1.0)
-    scale = self.scaling[name] / share if share > 0 else 0.0
-    return _project(x, w, bias, a, b, units, scale)
+_TENSORS = 5  # of a projection
 
 
-def _plain_adapter(layer: Any) -> str | None:
-    """The one active adapter of a plain LoRA layer, or None."""
-    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
-        return None
-    name: str = layer.active_adapters[0]
-    if (
-        name not in layer.lora_A
-        or name in layer.lora_variant
-        or layer.lora_B[name].bias is not None
-        or not all(map(is_ordinary, (layer.base_layer, layer.lora_A[name], layer.lora_B[name])))
-        or _is_trained(layer.base_layer)
-    ):
-        return None
-    dropping = layer.lora_dropout[name]
-    known = isinstance(dropping, (nn.Dropout, nn.Identity)) and is_ordinary(dropping)
-    return name if known else None
-
-
-def _is_trained(base: nn.Linear) -> bool:
-    return base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
-
-
-def _project(
-    x: Tensor,  # [..., in]
-    w: Tensor,  # [out, in], frozen
-    bias: Tensor | None,  # [out], frozen
-    a: Tensor,  # [r, in]
-    b: Tensor,  # [out, r]
-    units: Tensor | None,  # the input's that dropout keeps; None: all
-    scale: float,
-) -> Tensor:  # [..., out]
-    """x w^T + bias + scale · (units ∘ x) a^T b^T."""
+def project(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+    """What each makes of x [..., in]: [..., out]."""
     if not torch.is_grad_enabled():
-        return _products(x, w, bias, a, b, units, scale)
+        return tuple(_product(x, p) for p in projections)
     source = source_of(x)
     make, parts = (None, (x,)) if source is None else (source.make, source.parts)
+    scales = tuple(p.scale for p in projections)
+    tensors = (t for p in projections for t in p[:_TENSORS])
     return cast(
-        Tensor,
-        _Projection.apply(x, w, bias, a, b, units, scale, make, *parts),  # type: ignore[no-untyped-call]
+        tuple[Tensor, ...],
+        _Projections.apply(x, make, scales, *tensors, *parts),  # type: ignore[no-untyped-call]
     )
 
 
-def _products(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    units: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """What `_project` returns."""
-    out = linear(x, w, output)
-    if bias is not None:
-        out += bias
-    low = _dropped(x, units) @ a.T
-    out.view(-1, b.shape[0]).addmm_(low, b.T, alpha=scale)
+def _product(x: Tensor, p: Projection) -> Tensor:
+    out = linear(x, p.w, output)
+    if p.bias is not None:
+        out += p.bias
+    if p.a is not None and p.b is not None:
+        low = _dropped(x, p.units) @ p.a.T
+        out.view(-1, p.b.shape[0]).addmm_(low, p.b.T, alpha=p.scale)
     # no view of the product: what a Function returns as one may not be changed in place
-    return cast(Tensor, torch.ops.aten._unsafe_view(out, out.shape))
+    return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
 
 def _dropped(x: Tensor, units: Tensor | None, *, in_place: bool = False) -> Tensor:
@@ -117,46 +66,92 @@ def _dropped(x: Tensor, units: Tensor | None, *, in_place: bool = False) -> Tens
     return x.reshape(-1, x.shape[-1])
 
 
-class _Projection(torch.autograd.Function):
-    """`_project`. It keeps x, or the parts that `make` makes it of."""
+class _Projections(torch.autograd.Function):
+    """`project`. It keeps x, or the parts that `make` makes it of, if a gradient needs it."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        w: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        units: Tensor | None,
-        scale: float,
         make: Callable[..., Tensor] | None,
-        *parts: Tensor,
-    ) -> Tensor:
-        out = _products(x, w, bias, a, b, units, scale)
-        kept = parts if make is not None else (keep(x),)
-        units = None if units is None else keep(units)
-        ctx.save_for_backward(w, a, b, units, *kept)
-        ctx.scale, ctx.make, ctx.shape = scale, make, x.shape
-        return out
+        scales: tuple[float, ...],
+        *tensors: Tensor | None,  # of each projection, then the parts
+    ) -> tuple[Tensor, ...]:
+        projections, parts = _grouped(scales, tensors)
+        needed, _ = _grouped(scales, ctx.needs_input_grad[3:])
+        ctx.readers = [i for i, need in enumerate(needed) if need.w or need.a or need.b]
+        kept: Sequence[Tensor | None] = ()
+        if ctx.readers:
+            kept = (keep(x),) if make is None else parts
+        ctx.save_for_backward(*tensors[: len(tensors) - len(parts)], *kept)
+        ctx.make, ctx.scales, ctx.shape, ctx.given = make, scales, x.shape, len(parts)
+        ctx.set_materialize_grads(False)
+        return tuple(_product(x, p) for p in projections)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        w, a, b, units, *kept = ctx.saved_tensors
-        g = grad.reshape(-1, b.shape[0])
-        g_low = (g @ b) * ctx.scale  # [N, r]
-        g_x = g_a = g_b = None
-        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            again = ctx.make is not None  # made for this alone
-            x = _dropped(ctx.make(*kept) if again else kept[0], units, in_place=again)
-            # x a^T again: r numbers a token for every layer are worth more than a thin product
-            g_b = keep_gradient((((x @ a.T) * ctx.scale).T @ g).T)
-            g_a = keep_gradient(g_low.T @ x)
-        if ctx.needs_input_grad[0]:
-            g_x = linear(g, w.T, passing).view(ctx.shape)
-            update = passing(tuple(ctx.shape), g)
-            torch.mm(g_low, a, out=update.view(-1, a.shape[1]))
-            g_x += update if units is None else dropout.apply(update, units, in_place=True)
-        others = (None,) * (5 + len(kept) - 1)
-        return g_x, None, None, g_a, g_b, *others
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        projections, kept = _grouped(ctx.scales, ctx.saved_tensors)
+        needed, _ = _grouped(ctx.scales, ctx.needs_input_grad[3:])
+        x: Any = None
+        if ctx.readers:
+            x = kept[0] if ctx.make is None else ctx.make(*kept)
+        g_x: Tensor | None = None
+        found: list[Tensor | None] = []
+        for i, (p, need, grad) in enumerate(zip(projections, needed, grads, strict=True)):
+            if grad is None:  # nobody used what it made
+                found += [None] * _TENSORS
+                continue
+            g = grad.reshape(-1, p.w.shape[0])
+            low = None if p.b is None else (g @ p.b) * p.scale  # [N, r]
+            # what was made for this alone may lose its units to the last one that reads it
+            in_place = ctx.make is not None and ctx.readers[-1:] == [i]
+            found += _weight_gradients(p, need, g, low, x, in_place=in_place)
+            if ctx.needs_input_grad[0]:
+                g_x = _add_input_gradient(g_x, p, g, low)
+        g_x = None if g_x is None else g_x.view(ctx.shape)
+        return g_x, None, None, *found, *(None,) * ctx.given
+
+
+def _grouped(scales: Sequence[float], flat: Sequence[Any]) -> tuple[list[Projection], Any]:
+    """What belongs to each projection, and the rest."""
+    n = _TENSORS
+    each = [
+        Projection(*flat[n * i : n * (i + 1)], scale)  # type: ignore[call-arg]
+        for i, scale in enumerate(scales)
+    ]
+    return each, flat[n * len(scales) :]
+
+
+def _weight_gradients(
+    p: Projection, need: Projection, g: Tensor, low: Tensor | None, x: Tensor, *, in_place: bool
+) -> list[Tensor | None]:
+    """By w, bias, a, b and units; `low`: the gradient by the dropped input times a."""
+    g_w = g_bias = g_a = g_b = None
+    if need.w:
+        g_w = gradient_room(p.w)
+        add_transposed(g_w, g, x.reshape(-1, p.w.shape[1]), overwrite=True)
+    if need.bias:
+        g_bias = g.sum(0)
+    if low is not None and p.a is not None and (need.a or need.b):
+        dropped = _dropped(x, p.units, in_place=in_place)
+        # x a^T again: r numbers a token for every layer are worth more than a thin product
+        g_b = keep_gradient((((dropped @ p.a.T) * p.scale).T @ g).T)
+        g_a = torch.mm(low.T, dropped, out=gradient_room(p.a))
+    return [g_w, g_bias, g_a, g_b, None]
+
+
+def _add_input_gradient(
+    g_x: Tensor | None, p: Projection, g: Tensor, low: Tensor | None
+) -> Tensor:  # [N, in]
+    """The gradient by x that others gave, and this one's."""
+    if g_x is None:
+        g_x = linear(g, p.w.T, passing)
+    else:
+        add_linear(g_x, g, p.w.T)
+    if low is None or p.a is None:
+        return g_x
+    if p.units is None:
+        return g_x.addmm_(low, p.a)
+    update = torch.mm(low, p.a, out=passing((len(low), p.a.shape[1]), low))
+    return dropout.add(g_x, update, p.units)

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from compact_fast.lean.kept import lasting, passing
+from compact_fast.lean.linear import project_together
 from compact_fast.lean.rows import can_rotate, rotate
 
 _NAME = "apply_rotary_pos_emb"
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")  # of the layer's input
 
 
 def is_rotary(module: nn.Module) -> bool:
@@ -35,10 +37,33 @@ def is_rotary(module: nn.Module) -> bool:
 
 
 def rotary_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The layer's forward, with its rotation in one pass."""
+    """The layer's forward, with its rotation in one pass, and one step for its projections."""
+    forward = type(self).forward
     if torch.compiler.is_compiling():
-        return type(self).forward(self, *args, **kwargs)
-    return _with_ours(type(self).forward)(self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
+    x = args[0] if args else kwargs.get("hidden_states")
+    if isinstance(x, Tensor) and set(_PROJECTIONS) <= set(forward.__code__.co_names):
+        found = project_together([getattr(self, name) for name in _PROJECTIONS], x)
+        if found is not None:
+            self = _Projected(self, x, dict(zip(_PROJECTIONS, found, strict=True)))
+    return _with_ours(forward)(self, *args, **kwargs)
+
+
+class _Projected:
+    """An attention layer of which it is known what some projections make of one tensor."""
+
+    def __init__(self, layer: nn.Module, x: Tensor, found: dict[str, Tensor]) -> None:
+        def at_hand(name: str) -> Callable[[Tensor], Tensor]:
+            whole = getattr(layer, name)
+            return lambda given: found.pop(name) if given is x and name in found else whole(given)
+
+        vars(self).update(_layer=layer, **{name: at_hand(name) for name in found})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._layer, name, value)
 
 
 @lru_cache(maxsize=64)

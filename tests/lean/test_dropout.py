@@ -75,7 +75,8 @@ def test_every_instruction_set_gives_the_same():
             torch.manual_seed(2)
             kept, _ = dropout.draw(torch.empty(70_003), 0.9)
             x = torch.randn(70_003)
-            found.append((units(kept, 70_003), dropout.apply(x, kept)))
+            added = dropout.add(torch.ones(70_003), x.clone(), kept)
+            found.append((units(kept, 70_003), dropout.apply(x, kept), added))
     finally:
         module.force_simd_level(-1)
     assert all(torch.equal(a, b) for a, *others in zip(*found, strict=True) for b in others)
@@ -93,6 +94,17 @@ def test_what_is_not_kept_is_zero_and_the_rest_untouched(dtype, engine):
     assert torch.equal(x, before)
     assert dropout.apply(x, kept, in_place=True) is x
     assert torch.equal(x, want)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 33, 70_001])
+def test_what_is_kept_is_added(n, engine):
+    torch.manual_seed(6)
+    for dtype in (torch.float32, torch.float64):
+        x, into = torch.randn(n, dtype=dtype), torch.randn(n, dtype=dtype)
+        kept, _ = dropout.draw(x, 0.6)
+        want = into + dropout.apply(x, kept)
+        assert dropout.add(into, x, kept) is into
+        assert torch.equal(into, want)
 
 
 def test_strides_do_not_matter(engine):
