@@ -52,6 +52,15 @@ class Kept(threading.local):
         chunk.reach = max(chunk.reach, self._used)
         return made
 
+    def rewind(self) -> None:
+        """Begin the chunk at hand anew if nothing is left in it."""
+        if self._now is None or not self._used:
+            return
+        chunk, self._now = self._now[0], None  # our own reference to it goes, too
+        if chunk.empty:
+            self._used = 0
+        self._now = chunk, chunk.storage()
+
     def close(self) -> None:
         """Put nothing more into the chunk at hand."""
         self._now, self._used = None, 0
@@ -151,6 +160,7 @@ class _Sum(torch.autograd.Function):
 
 
 def _tidy() -> None:
+    _LASTING.rewind()  # layers that are made again one by one need one's memory
     _HEAP.tidy(_CHUNKS.reach + _PASSING.reach, _CHUNKS.let_go)
 
 

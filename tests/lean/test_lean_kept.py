@@ -9,8 +9,20 @@ import threading
 import pytest
 import torch
 
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from compact_fast.chunks import Chunks
-from compact_fast.lean.kept import ALIGNED, MOST_BYTES, Kept, keep, keep_gradient, settle
+from compact_fast.lean import kept as kept_module
+from compact_fast.lean import make_lean
+from compact_fast.lean.kept import (
+    ALIGNED,
+    MOST_BYTES,
+    Kept,
+    give_back,
+    keep,
+    keep_gradient,
+    settle,
+)
 
 MEGABYTE = 1 << 20
 
@@ -53,6 +65,42 @@ def test_a_chunk_is_used_again_once_its_tensors_are_gone():
     for _ in range(50):
         kept.empty((MEGABYTE,), torch.float32).fill_(2)
     assert view.tolist() == [7, 7, 7, 7]
+
+
+def test_a_chunk_in_which_nothing_is_left_begins_anew():
+    chunks = Chunks()
+    kept = Kept(chunks)
+    kept.rewind()  # none at hand yet
+    first = kept.empty((1000,), torch.float32).fill_(3)
+    address = first.data_ptr()
+    kept.rewind()
+    second = kept.empty((1000,), torch.float32).fill_(4)
+    assert (first == 3).all()
+    view = second[5:9]
+    del first, second
+    kept.rewind()  # a view is left
+    assert kept.empty((1000,), torch.float32).data_ptr() > view.data_ptr()
+    del view
+    kept.rewind()
+    assert kept.empty((1000,), torch.float32).data_ptr() == address
+
+
+def test_layers_that_are_made_again_need_the_memory_of_one():
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=256, num_hidden_layers=16,
+        num_attention_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    make_lean(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.ones(1, 1000, dtype=torch.long)
+    give_back()
+    before = kept_module._CHUNKS.reach
+    model.train()(input_ids=ids).logits.sum().backward()
+    layer = 1000 * (7 * 64 + 2 * 256) * 4
+    inputs = 17 * 1000 * 64 * 4
+    gradients = sum(p.nbytes for p in model.parameters())
+    assert kept_module._CHUNKS.reach - before < inputs + gradients + 2 * layer
 
 
 def test_a_tensor_larger_than_a_chunk_has_one_of_its_own():
