@@ -8,7 +8,6 @@ import threading
 
 import pytest
 import torch
-
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compact_fast.chunks import Chunks
