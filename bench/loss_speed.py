@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from bench.measure import (
 )
 
 PICTURE = Path(__file__).parents[1] / "docs" / "loss_speed.png"
+WHOLE, FIXED = "compact_loss", "compact_loss, fixed weights"
 SLOW = ("F.linear_cross_entropy",)  # an order of magnitude: two rounds are enough
 
 
@@ -63,6 +65,7 @@ def times(
         slow = interleaved({name: runs[name]}, rounds=2, warm_up=0, processor=processor)
         found[name] = slow[name]
     bare = median(found["bare products"])
+    share = scores_share(runs, rounds, processor)
     return [
         {
             "shape": str(p.shape),
@@ -73,9 +76,22 @@ def times(
             "times_bare": round(median(found[name]) / bare, 3),
             "least_ms": round(1e3 * min(found[name]), 1),
             "times_least_bare": round(min(found[name]) / min(found["bare products"]), 3),
+            "scores_share": share if name == WHOLE else "",
         }
         for name in runs
     ]
+
+
+def scores_share(runs: dict[str, Callable[[], object]], rounds: int, processor: bool) -> float:
+    """What scores, weights and consistency take of the loss: the two ways alone, in turns.
+
+    The median over turns of a share, of three times as many: a few percent are less than a
+    machine's speed changes between two turns that are far apart.
+    """
+    pair = {name: runs[name] for name in (WHOLE, FIXED)}
+    found = interleaved(pair, rounds=3 * rounds, processor=processor)
+    shares = [1 - fixed / whole for whole, fixed in zip(found[WHOLE], found[FIXED], strict=True)]
+    return round(median(shares), 4)
 
 
 def arguments(given: list[str]) -> argparse.Namespace:

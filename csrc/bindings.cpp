@@ -441,11 +441,11 @@ void norm_rows_again(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t inv
 }
 
 void norm_gradient(std::uintptr_t grad, std::uintptr_t x, std::uintptr_t weight,
-                   std::uintptr_t inverse, std::uintptr_t g_x, std::int64_t n, std::int64_t m,
-                   int threads) {
+                   std::uintptr_t inverse, std::uintptr_t more, std::uintptr_t g_x, std::int64_t n,
+                   std::int64_t m, int threads) {
   py::gil_scoped_release release;
-  norm_back(floats_at(grad), floats_at(x), floats_at(weight), floats_at(inverse), floats_at(g_x), n,
-            m, threads);
+  norm_back(floats_at(grad), floats_at(x), floats_at(weight), floats_at(inverse), floats_at(more),
+            floats_at(g_x), n, m, threads);
 }
 
 void rotate_heads(std::uintptr_t x, std::uintptr_t cos, std::uintptr_t sin, std::uintptr_t out,

@@ -21,6 +21,7 @@ struct Work {
   std::int64_t n, m;  // rows of m; of entries: n rows of one
   float eps;
   std::int64_t heads = 1;  // a row has
+  const float* added = nullptr;
 };
 
 constexpr std::int64_t kSums = 4;  // that a row's sum is made of
@@ -130,8 +131,11 @@ COMPACT_INLINE void norm_back_part(const Work& w, std::int64_t begin, std::int64
       put(out + j, take<V>(grad + j, m - j) * take<V>(w.y + j, m - j), m - j);
     const float by = w.given[i];
     const float along = dot(out, x, m) * (by * by * by) / static_cast<float>(m);
-    for (std::int64_t j = 0; j < m; j += P::kCount)
-      put(out + j, take<V>(out + j, m - j) * by - take<V>(x + j, m - j) * along, m - j);
+    for (std::int64_t j = 0; j < m; j += P::kCount) {
+      V g_x = take<V>(out + j, m - j) * by - take<V>(x + j, m - j) * along;
+      if (w.added != nullptr) g_x += take<V>(w.added + i * m + j, m - j);
+      put(out + j, g_x, m - j);
+    }
   }
 }
 
@@ -245,8 +249,8 @@ void norm_again(const float* x, const float* weight, const float* inverse, float
 }
 
 void norm_back(const float* grad, const float* x, const float* weight, const float* inverse,
-               float* g_x, std::int64_t n, std::int64_t m, int threads) {
-  run({x, weight, grad, inverse, g_x, nullptr, n, m, 0.0f}, widest().norm_back, threads);
+               const float* more, float* g_x, std::int64_t n, std::int64_t m, int threads) {
+  run({x, weight, grad, inverse, g_x, nullptr, n, m, 0.0f, 1, more}, widest().norm_back, threads);
 }
 
 void rotate(const float* x, const float* cos, const float* sin, float* out, std::int64_t n,

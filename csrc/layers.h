@@ -22,9 +22,9 @@ void norm(const float* x, const float* weight, float eps, float* inverse, float*
 void norm_again(const float* x, const float* weight, const float* inverse, float* out,
                 std::int64_t n, std::int64_t m, int threads);
 
-// The gradient by x.
+// The gradient by x; to which `more` [n, m] comes, if there is any: x had another use.
 void norm_back(const float* grad, const float* x, const float* weight, const float* inverse,
-               float* g_x, std::int64_t n, std::int64_t m, int threads);
+               const float* more, float* g_x, std::int64_t n, std::int64_t m, int threads);
 
 // Rotary positions: in each of n tokens' heads of d, halves (x, y) become (x c - y s, y c' + x s'),
 // for cos = (c, c') and sin = (s, s') [n, d]. Of `back` the transposed: a gradient. out may be x.

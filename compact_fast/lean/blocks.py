@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from compact_fast.lean.kept import keep, lasting_output, settle
 from compact_fast.lean.linear import project_together
-from compact_fast.lean.ordinary import computes, is_ordinary, same
+from compact_fast.lean.ordinary import computes, is_ordinary, is_watched, same
 from compact_fast.lean.rows import gated, gated_gradients, norm, norm_again, norm_gradient
 from compact_fast.lean.sources import Source, note_source
 
@@ -41,15 +42,31 @@ def is_norm(module: nn.Module) -> bool:
 
 def norm_forward(self: Any, x: Tensor) -> Tensor:
     """The norm's forward, on a CPU."""
-    usual = x.dtype == self.weight.dtype and _plain(x)
-    if not usual or torch.compiler.is_compiling():
+    if not _computes_here(self, x):
         return cast(Tensor, type(self).forward(self, x))
     if not torch.is_grad_enabled():
         return norm(x, self.weight, self.variance_epsilon)[0]
-    found: Tensor
-    found, kept, inverse = _Norm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
+    return _with_input(self, x)[0]
+
+
+def normed(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(what a norm makes of x, x for its other uses): both uses' gradients are added in one pass,
+    if the norm is one of ours."""
+    forward = layer.__dict__.get("forward") if isinstance(layer, nn.Module) else None
+    ours = isinstance(forward, partial) and forward.func is norm_forward
+    if not ours or is_watched(layer) or not torch.is_grad_enabled() or not _computes_here(layer, x):
+        return layer(x), x
+    return _with_input(layer, x)
+
+
+def _computes_here(self: Any, x: Tensor) -> bool:
+    return x.dtype == self.weight.dtype and _plain(x) and not torch.compiler.is_compiling()
+
+
+def _with_input(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    found, x, kept, inverse = _Norm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
     note_source(found, Source(norm_again, (kept, inverse, self.weight.detach())))
-    return found
+    return found, x
 
 
 def _norm(self: Any, x: Tensor) -> Tensor:
@@ -63,7 +80,7 @@ def _plain(t: Tensor) -> bool:
 
 
 class _Norm(torch.autograd.Function):
-    """(weight * x / rms(x), x as it is kept, 1 / rms(x))."""
+    """(weight * x / rms(x), x, x as it is kept, 1 / rms(x))."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -73,17 +90,21 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(kept, inverse, weight)
         ctx.mark_non_differentiable(kept, inverse)
         ctx.set_materialize_grads(False)  # no zeros for them
-        return found, kept, inverse
+        return found, x, kept, inverse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad: Tensor | None, more: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return more, None, None
         x, inverse, weight = ctx.saved_tensors
         g_x = g_weight = None
         if ctx.needs_input_grad[1]:
             g_weight = (grad * (x * inverse)).flatten(0, -2).sum(0)
         if ctx.needs_input_grad[0]:
-            g_x = norm_gradient(grad, x, inverse, weight)
+            g_x = norm_gradient(grad, x, inverse, weight, more)
         return g_x, g_weight, None
 
 

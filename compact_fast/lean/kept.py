@@ -159,8 +159,12 @@ class _Sum(torch.autograd.Function):
         return grad, grad, None
 
 
+def begin_layer() -> None:
+    """Layers that are made again one by one need the memory of one: nothing is left of the last."""
+    _LASTING.rewind()
+
+
 def _tidy() -> None:
-    _LASTING.rewind()  # layers that are made again one by one need one's memory
     _HEAP.tidy(_CHUNKS.reach + _PASSING.reach, _CHUNKS.let_go)
 
 

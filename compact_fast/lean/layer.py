@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from compact_fast.lean.kept import added
+from compact_fast.lean.blocks import normed
+from compact_fast.lean.kept import added, begin_layer
 from compact_fast.lean.ordinary import same, unwrapped
 
 _NAMES = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -51,8 +52,9 @@ def layer_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -
 
 
 def _layer(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-    x = hidden_states
-    found, _ = self.self_attn(hidden_states=self.input_layernorm(x), **kwargs)
-    x = added(x, found)
-    found = self.mlp(self.post_attention_layernorm(x))
+    begin_layer()
+    given, x = normed(self.input_layernorm, hidden_states)
+    found, _ = self.self_attn(hidden_states=given, **kwargs)
+    given, x = normed(self.post_attention_layernorm, added(x, found))
+    found = self.mlp(given)
     return added(x, found, recomputed=self.gradient_checkpointing and self.training)

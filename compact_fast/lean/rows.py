@@ -60,15 +60,19 @@ def norm_again(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def norm_gradient(grad: Tensor, x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
-    """The gradient by x, by that of the norm."""
-    native = _native_for(grad, x, weight, inverse)
+def norm_gradient(
+    grad: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, more: Tensor | None = None
+) -> Tensor:
+    """The gradient by x, by that of the norm; and `more`, by another use of x."""
+    native = _native_for(grad, x, weight, inverse, *(() if more is None else (more,)))
     if native is None:
         g_x = grad * weight
         along = torch.linalg.vecdot(g_x, x).unsqueeze(-1)  # [..., 1]
-        return g_x.mul_(inverse).addcmul_(x, along * inverse.pow(3), value=-1 / x.shape[-1])
+        g_x.mul_(inverse).addcmul_(x, along * inverse.pow(3), value=-1 / x.shape[-1])
+        return g_x if more is None else g_x.add_(more)
     g_x = passing(tuple(x.shape), x)
-    native.norm_back(*map(_at, (grad, x, weight, inverse, g_x)), *_rows(x))
+    places = [*map(_at, (grad, x, weight, inverse)), 0 if more is None else _at(more), _at(g_x)]
+    native.norm_back(*places, *_rows(x))
     return g_x
 
 

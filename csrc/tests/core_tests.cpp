@@ -411,7 +411,8 @@ void test_layers(int trials) {
       gated_back(grad.data(), x.data(), y.data(), out[1].data(), out[2].data(), n * m, threads);
       norm(x.data(), weight.data(), 1e-5f, inverse.data(), out[3].data(), n, m, threads);
       norm_again(x.data(), weight.data(), inverse.data(), out[4].data(), n, m, threads);
-      norm_back(grad.data(), x.data(), weight.data(), inverse.data(), out[5].data(), n, m, threads);
+      norm_back(grad.data(), x.data(), weight.data(), inverse.data(), nullptr, out[5].data(), n, m,
+                threads);
       rotate(x.data(), y.data(), grad.data(), out[6].data(), n, 1, m, false, threads);
       rotate(x.data(), y.data(), grad.data(), out[7].data(), n, 1, m, true, threads);
       if (threads == 1) first = out;

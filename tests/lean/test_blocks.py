@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from compact_fast.lean import make_lean
+from compact_fast.lean.blocks import normed
 from compact_fast.lean.sources import source_of
 
 
@@ -18,6 +19,12 @@ def norm(kind=LlamaRMSNorm, width=6, trained=True) -> nn.Module:
     torch.manual_seed(0)
     nn.init.normal_(made.weight)
     return made.requires_grad_(trained)
+
+
+def lean_norm(**options) -> nn.Module:
+    made = norm(**options)
+    assert make_lean(made) == 1
+    return made
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -46,6 +53,32 @@ def test_a_norm_is_made_again_bit_for_bit():
     source = source_of(y)
     assert torch.equal(source.make(*source.parts), y)
     assert source_of(y * 1) is None
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("used", ["both", "norm", "input"])
+def test_an_input_with_two_uses_gets_both_gradients(used, trained):
+    torch.manual_seed(0)
+    plain = norm(trained=trained)
+    ours = lean_norm(trained=trained)
+    found = []
+    for layer in (plain, ours):
+        x = torch.linspace(-2, 3, 30).view(5, 6).requires_grad_()
+        out, again = normed(layer, x)
+        assert (again is x) == (layer is plain)
+        loss = out.square().sum() if used != "input" else 0.0
+        loss = loss + again.sin().sum() if used != "norm" else loss
+        loss.backward()
+        found.append(x.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_norm_that_is_watched_is_called():
+    layer, told = lean_norm(), []
+    layer.register_forward_hook(lambda *given: told.append(given[0]))
+    x = torch.randn(5, 6, requires_grad=True)
+    assert normed(layer, x)[1] is x
+    assert told == [layer]
 
 
 def test_other_norms_stay():

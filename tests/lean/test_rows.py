@@ -78,7 +78,10 @@ def test_norms_forwards_back_and_again(shape, engine):
     close(found, exact.detach(), usual.detach())
     assert torch.equal(rows.norm_again(x, inverse, weight), found)
     size = (grad * weight).abs().double().amax(-1, keepdim=True) * inverse.double() * 4
-    close(rows.norm_gradient(grad, x, inverse, weight), wanted, own, size.expand(shape))
+    g_x = rows.norm_gradient(grad, x, inverse, weight)
+    close(g_x, wanted, own, size.expand(shape))
+    more = torch.randn(shape)
+    assert torch.equal(rows.norm_gradient(grad, x, inverse, weight, more), g_x + more)
 
 
 def test_gates_at_the_ends_of_the_numbers(engine):
@@ -117,7 +120,8 @@ def everything() -> list[Tensor]:
     ]
     return [
         rows.gated(a, b), *rows.gated_gradients(c, a, b), found, inverse,
-        rows.norm_again(a, inverse, weight), rows.norm_gradient(c, a, inverse, weight), *rotations,
+        rows.norm_again(a, inverse, weight), rows.norm_gradient(c, a, inverse, weight, b),
+        *rotations,
     ]  # fmt: skip
 
 
