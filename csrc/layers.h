@@ -1,6 +1,6 @@
 // A layer's work between its products, in one pass each: SwiGLU, RMS norms and rotary positions,
-// forwards and back, what compact_fast/lean/rows.py does in torch's operations. All float32, contiguous; the same bits
-// for every thread count and instruction set.
+// forwards and back, what compact_fast/lean/rows.py does in torch's operations. All float32,
+// contiguous; the same bits for every thread count and instruction set.
 #pragma once
 
 #include <cstdint>
