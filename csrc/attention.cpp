@@ -1,0 +1,414 @@
+#include "attention.h"
+
+#include "simd.h"
+
+#if COMPACT_VECTORS
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include "attention_kernels.h"
+#include "host_threads.h"
+#include "room.h"
+
+namespace compact {
+
+namespace {
+
+// ---- by instructions ---------------------------------------------------------------------------
+
+struct Ways {
+  std::int64_t lanes;         // queries worked on together: two vectors of them
+  int rows;                   // a tile has at most
+  const SmallTile* tiles[2];  // of one vector and of two, by the number of rows, less 1
+  void (*turn)(const float* from, std::int64_t d, float* to);
+  void (*weights)(float* scores, std::int64_t begin, std::int64_t end, const Sight& sight,
+                  float scale, float* peaks, float* totals);
+  void (*weights_back)(float* scores, float* grads, std::int64_t begin, std::int64_t end,
+                       const Sight& sight, float scale, const float* logsumexp, const float* along);
+};
+
+// Tiles of as many rows as leave registers for two vectors of b and one entry of a.
+#define COMPACT_WITH(name, instructions, bytes, most)                                             \
+  template <int W, int R>                                                                         \
+  instructions void tile_##name(const Factor& a, const float* b, std::ptrdiff_t next,             \
+                                std::int64_t k, float* c, std::ptrdiff_t stride, bool add) {      \
+    small_tile<Part<bytes>, R, W>(a, b, next, k, c, stride, add);                                 \
+  }                                                                                               \
+  template <int W, int... I>                                                                      \
+  const SmallTile* tiles_##name(std::integer_sequence<int, I...>) {                               \
+    static const SmallTile all[] = {tile_##name<W, I + 1>...};                                    \
+    return all;                                                                                   \
+  }                                                                                               \
+  instructions void turn_##name(const float* from, std::int64_t d, float* to) {                   \
+    turn_lanes<Part<bytes>>(from, d, to);                                                         \
+  }                                                                                               \
+  instructions void weights_##name(float* scores, std::int64_t begin, std::int64_t end,           \
+                                   const Sight& sight, float scale, float* peaks,                 \
+                                   float* totals) {                                               \
+    weights<Part<bytes>>(scores, begin, end, sight, scale, peaks, totals);                        \
+  }                                                                                               \
+  instructions void weights_back_##name(float* scores, float* grads, std::int64_t begin,          \
+                                        std::int64_t end, const Sight& sight, float scale,        \
+                                        const float* logsumexp, const float* along) {             \
+    weights_back<Part<bytes>>(scores, grads, begin, end, sight, scale, logsumexp, along);         \
+  }                                                                                               \
+  const Ways& ways_##name() {                                                                     \
+    constexpr std::make_integer_sequence<int, most> sizes{};                                      \
+    static const Ways all{2 * Part<bytes>::kCount,                                                \
+                          most,                                                                   \
+                          {tiles_##name<1>(sizes), tiles_##name<2>(sizes)},                       \
+                          turn_##name,                                                            \
+                          weights_##name,                                                         \
+                          weights_back_##name};                                                   \
+    return all;                                                                                   \
+  }
+COMPACT_WITH(plain, , 16, 6)
+#if COMPACT_X86
+COMPACT_WITH(avx2, __attribute__((target("avx2,fma"))), 32, 6)
+COMPACT_WITH(avx512, __attribute__((target("avx512f"))), 64, 14)
+#endif
+
+const Ways& widest() {
+#if COMPACT_X86
+  static const bool fused = __builtin_cpu_supports("fma");
+  if (simd_level() > 1) return ways_avx512();
+  if (simd_level() > 0 && fused) return ways_avx2();
+#endif
+  return ways_plain();
+}
+
+// c [m, n] (+)= a b, for m, n, k of a hundred or two; n is a multiple of kLanes.
+void product(const Ways& ways, const Factor& a, const float* b, std::ptrdiff_t next, std::int64_t m,
+             std::int64_t n, std::int64_t k, float* c, std::ptrdiff_t stride, bool add) {
+  const std::int64_t panels = parts_of(m, ways.rows);
+  for (std::int64_t j = 0; j < n; j += ways.lanes) {
+    const SmallTile* tiles = ways.tiles[j + ways.lanes <= n];
+    for (std::int64_t q = 0; q < panels; ++q) {
+      const std::int64_t i = m * q / panels, rows = m * (q + 1) / panels - i;
+      tiles[rows - 1]({a.data + i * a.row, a.row, a.column}, b + j, next, k, c + i * stride + j,
+                      stride, add);
+    }
+  }
+}
+
+// ---- blocks ------------------------------------------------------------------------------------
+
+constexpr std::int64_t kSpan = 256;  // keys whose values are added up before they join the rest
+constexpr std::int64_t kKeys = 56;   // whose gradients are made together: four panels
+
+std::int64_t root_of(const Segment& s) { return s.root_end - s.root_begin; }
+
+// Queries that are worked on together, one a lane: of a segment and of the heads that share keys,
+// [first, first + rows) of them, token by token. Keys are counted from the root's first on.
+class Block {
+ public:
+  Block(const Attention& a, const Ways& ways, const Segment& s, std::int64_t kv, std::int64_t first,
+        std::int64_t rows)
+      : a_(a), lanes_(ways.lanes), segment_(s), group_(a.heads / a.kv_heads), kv_(kv),
+        first_(first), rows_(rows) {
+    const std::int64_t root = root_of(s);
+    std::int64_t begin = 0, end = kMostSeen;
+    for (std::int64_t i = 0; i < lanes_; ++i) {
+      const std::int64_t last = root + own(std::min(i, rows - 1));
+      const std::int64_t from = a.window > 0 ? std::max<std::int64_t>(0, last + 1 - a.window) : 0;
+      sight_.first[i] = static_cast<float>(from), sight_.last[i] = static_cast<float>(last);
+      begin = std::max(begin, from), end = std::min(end, last + 1);
+    }
+    sight_.all_begin = begin, sight_.all_end = end;
+    begin_ = static_cast<std::int64_t>(sight_.first[0]) / kSums * kSums;
+    end_ = root + own(rows - 1) + 1;
+  }
+
+  std::int64_t rows() const { return rows_; }
+  std::int64_t begin() const { return begin_; }  // the keys that any lane sees
+  std::int64_t end() const { return end_; }
+  const Sight& sight() const { return sight_; }
+  std::int64_t token(std::int64_t row) const { return segment_.own_begin + own(row); }
+  std::int64_t head(std::int64_t row) const { return kv_ * group_ + (first_ + row) % group_; }
+
+  // Queries, or what is shaped like them, as [lanes, d]; zeros in lanes without a query.
+  void gather(const Heads& x, float* to) const {
+    for (std::int64_t i = 0; i < rows_; ++i)
+      std::copy_n(x.data + token(i) * x.stride + head(i) * a_.d, a_.d, to + i * a_.d);
+    std::fill(to + rows_ * a_.d, to + lanes_ * a_.d, 0.0f);
+  }
+
+  // f(begin, end, first token) of the keys, at most `size` at a time, which are parted at the same
+  // places for every block.
+  template <class F>
+  void each_piece(std::int64_t size, F&& f) const {
+    const std::int64_t root = root_of(segment_);
+    const auto run = [&](std::int64_t from, std::int64_t to, std::int64_t zero,
+                         std::int64_t token) {
+      for (std::int64_t at = std::max(from, begin_); at < std::min(to, end_);) {
+        const std::int64_t next = std::min({zero + ((at - zero) / size + 1) * size, to, end_});
+        f(at, next, token + (at - zero));
+        at = next;
+      }
+    };
+    run(0, root, 0, segment_.root_begin);
+    run(root, end_, root, segment_.own_begin);
+  }
+
+  // A token's keys or values.
+  const float* of(const Heads& x, std::int64_t token) const {
+    return x.data + token * x.stride + kv_ * a_.d;
+  }
+
+ private:
+  std::int64_t own(std::int64_t row) const { return (first_ + row) / group_; }
+
+  const Attention& a_;
+  const std::int64_t lanes_;
+  const Segment segment_;
+  const std::int64_t group_, kv_, first_, rows_;
+  std::int64_t begin_, end_;
+  Sight sight_;
+};
+
+// Whoever is free takes what is next; who does what changes no result.
+template <class Work>
+void share_out(std::int64_t count, int threads, const Work& work) {
+  struct Shared {
+    const Work& work;
+    const std::int64_t count;
+    std::atomic<std::int64_t> next{0};
+  } shared{work, count};
+  const auto take_all = [](void* data, int, int) {
+    Shared& s = *static_cast<Shared*>(data);
+    for (std::int64_t i = s.next++; i < s.count; i = s.next++) s.work(i);
+  };
+  on_host_threads(static_cast<int>(std::min<std::int64_t>(threads, count)), take_all, &shared);
+}
+
+float* thread_room(std::int64_t size) {
+  thread_local Room room;
+  return room.of(size);
+}
+
+// ---- forwards ----------------------------------------------------------------------------------
+
+struct Forward {
+  const Attention& a;
+  const Ways& ways;
+  std::int64_t n;
+  float *out, *logsumexp;
+
+  void block(const Block& b) const {
+    const std::int64_t d = a.d, lanes = ways.lanes, part = lanes * d;
+    float* rows = thread_room(2 * part + (b.end() - b.begin()) * lanes);
+    float *turned = rows + part, *scores = turned + part;
+    b.gather(a.query, rows);
+    ways.turn(rows, d, turned);
+    b.each_piece(kSpan, [&](std::int64_t at, std::int64_t end, std::int64_t token) {
+      product(ways, {b.of(a.key, token), a.key.stride, 1}, turned, lanes, end - at, lanes, d,
+              scores + (at - b.begin()) * lanes, lanes, false);
+    });
+    float peaks[kMostLanes], totals[kMostLanes];
+    ways.weights(scores, b.begin(), b.end(), b.sight(), a.scale, peaks, totals);
+    b.each_piece(kSpan, [&](std::int64_t at, std::int64_t end, std::int64_t token) {
+      product(ways, {scores + (at - b.begin()) * lanes, 1, lanes}, b.of(a.value, token),
+              a.value.stride, b.rows(), d, end - at, rows, d, at > b.begin());
+    });
+    for (std::int64_t i = 0; i < b.rows(); ++i) {
+      const std::int64_t token = b.token(i), head = b.head(i);
+      const float by = 1.0f / totals[i];
+      float* to = out + (token * a.heads + head) * d;
+      for (std::int64_t j = 0; j < d; ++j) to[j] = rows[i * d + j] * by;
+      logsumexp[head * n + token] = peaks[i] + std::log(totals[i]);
+    }
+  }
+};
+
+// ---- back --------------------------------------------------------------------------------------
+
+// Queries of segments [first, end) with one root, tokens [token_begin, token_end), whose share of the
+// gradients of keys and values one thread sums up. What is seen of the root has rows [0, root) of the
+// sums, tokens from `own_begin` on have the ones behind.
+struct Unit {
+  std::int64_t first, end, token_begin, token_end, own_begin, root;
+  std::int64_t before;  // rows of the units before it
+  std::int64_t rows() const { return root + token_end - own_begin; }
+  std::int64_t cost() const { return (token_end - token_begin) * rows(); }
+};
+
+constexpr std::int64_t kQueries = 384;   // of a unit: more are parted
+constexpr std::int64_t kFewQueries = 96;  // fewer share a unit with their neighbours
+constexpr std::int64_t kUnits = 16;      // of a segment and all heads, about, at most
+
+// Where a segment is parted depends on itself alone.
+std::vector<Unit> units_of(const Attention& a) {
+  const std::int64_t group = a.heads / a.kv_heads;
+  std::vector<Unit> units;
+  for (std::int64_t i = 0; i < a.count; ++i) {
+    const Segment& s = a.segments[i];
+    const std::int64_t n = s.own_end - s.own_begin, root = root_of(s);
+    if (n == 0) continue;
+    if (!units.empty()) {
+      Unit& last = units.back();
+      const Segment& before = a.segments[last.end - 1];
+      if (before.root_begin == s.root_begin && before.root_end == s.root_end &&
+          last.token_end == s.own_begin &&
+          (s.own_end - last.token_begin) * group <= kFewQueries) {
+        last.end = i + 1, last.token_end = s.own_end;
+        continue;
+      }
+    }
+    const std::int64_t parts =
+        std::min(parts_of(n * group, kQueries), parts_of(kUnits, a.kv_heads));
+    for (std::int64_t p = 0; p < parts; ++p)
+      if (n * p / parts < n * (p + 1) / parts)
+        units.push_back({i, i + 1, s.own_begin + n * p / parts, s.own_begin + n * (p + 1) / parts,
+                         s.own_begin, root, 0});
+  }
+  std::int64_t rows = 0;
+  for (Unit& unit : units) unit.before = rows, rows += unit.rows();
+  return units;
+}
+
+struct Backward {
+  const Attention& a;
+  const Ways& ways;
+  std::int64_t n;
+  const Heads& grad;
+  const float *out, *logsumexp;
+  float *g_query, *g_key, *g_value, *room;
+  std::vector<Unit> units;
+
+  // A unit's sums for a key/value head: [rows, 2, d], of keys and of values.
+  float* sums(const Unit& unit, std::int64_t kv) const {
+    return room + (unit.before * a.kv_heads + kv * unit.rows()) * 2 * a.d;
+  }
+
+  void unit(const Unit& u, std::int64_t kv) const {
+    const std::int64_t group = a.heads / a.kv_heads;
+    float* to = sums(u, kv);
+    std::fill_n(to, u.rows() * 2 * a.d, 0.0f);
+    for (std::int64_t i = u.first; i < u.end; ++i) {
+      const Segment& s = a.segments[i];
+      const std::int64_t begin = (std::max(u.token_begin, s.own_begin) - s.own_begin) * group;
+      const std::int64_t end = (std::min(u.token_end, s.own_end) - s.own_begin) * group;
+      for (std::int64_t r = begin; r < end; r += ways.lanes)
+        block(Block(a, ways, s, kv, r, std::min(ways.lanes, end - r)), u.root,
+              s.own_begin - u.own_begin, to);
+    }
+  }
+
+  // `shift`: rows of the unit's sums that lie between the root's and those of the block's segment.
+  void block(const Block& b, std::int64_t root, std::int64_t shift, float* to) const {
+    const std::int64_t d = a.d, lanes = ways.lanes, part = lanes * d;
+    float* query = thread_room(5 * part + 2 * kKeys * lanes);
+    float *turned_query = query + part, *grads = turned_query + part, *turned_grads = grads + part;
+    float *g_rows = turned_grads + part, *scores = g_rows + part, *g_scores = scores + kKeys * lanes;
+    b.gather({out, a.heads * d}, g_rows);
+    b.gather(a.query, query);
+    b.gather(grad, grads);
+    float along[kMostLanes], totals[kMostLanes];
+    for (std::int64_t i = 0; i < lanes; ++i) {
+      along[i] = dot(g_rows + i * d, grads + i * d);
+      totals[i] = i < b.rows() ? logsumexp[b.head(i) * n + b.token(i)]
+                               : std::numeric_limits<float>::infinity();  // its weights are 0
+    }
+    ways.turn(query, d, turned_query);
+    ways.turn(grads, d, turned_grads);
+    b.each_piece(kKeys, [&](std::int64_t at, std::int64_t end, std::int64_t token) {
+      const std::int64_t keys = end - at;
+      const Factor key{b.of(a.key, token), a.key.stride, 1};
+      const Factor value{b.of(a.value, token), a.value.stride, 1};
+      product(ways, key, turned_query, lanes, keys, lanes, d, scores, lanes, false);
+      product(ways, value, turned_grads, lanes, keys, lanes, d, g_scores, lanes, false);
+      ways.weights_back(scores, g_scores, at, end, b.sight(), a.scale, totals, along);
+      float* sum = to + (at < root ? at : at + shift) * 2 * d;
+      product(ways, {g_scores, lanes, 1}, query, d, keys, d, b.rows(), sum, 2 * d, true);
+      product(ways, {scores, lanes, 1}, grads, d, keys, d, b.rows(), sum + d, 2 * d, true);
+      product(ways, {g_scores, 1, lanes}, key.data, key.row, b.rows(), d, keys, g_rows, d,
+              at > b.begin());
+    });
+    for (std::int64_t i = 0; i < b.rows(); ++i)
+      std::copy_n(g_rows + i * d, d, g_query + (b.token(i) * a.heads + b.head(i)) * d);
+  }
+
+  float dot(const float* x, const float* y) const {
+    Lanes sums{};
+    for (std::int64_t j = 0; j < a.d; j += kLanes) sums += load(x + j) * load(y + j);
+    return sum(sums);
+  }
+
+  // Gradients of some tokens' keys and values: the units' sums, in their order.
+  void add_up(std::int64_t begin, std::int64_t end) const {
+    const std::int64_t width = a.kv_heads * a.d;
+    for (float* g : {g_key, g_value}) std::fill(g + begin * width, g + end * width, 0.0f);
+    for (const Unit& u : units) {
+      const std::int64_t root = a.segments[u.first].root_begin;
+      add(u, std::max(begin, root), std::min(end, root + u.root), -root);
+      add(u, std::max(begin, u.own_begin), std::min(end, u.token_end), u.root - u.own_begin);
+    }
+  }
+
+  // `shift`: from tokens to rows of the unit's sums.
+  void add(const Unit& u, std::int64_t begin, std::int64_t end, std::int64_t shift) const {
+    for (std::int64_t token = begin; token < end; ++token)
+      for (std::int64_t kv = 0; kv < a.kv_heads; ++kv) {
+        const float* from = sums(u, kv) + (token + shift) * 2 * a.d;
+        float* key = g_key + (token * a.kv_heads + kv) * a.d;
+        float* value = g_value + (token * a.kv_heads + kv) * a.d;
+        for (std::int64_t j = 0; j < a.d; ++j) key[j] += from[j];
+        for (std::int64_t j = 0; j < a.d; ++j) value[j] += from[a.d + j];
+      }
+  }
+};
+
+constexpr std::int64_t kTokens = 16;  // whose gradients are added up at a time
+
+}  // namespace
+
+void attend(const Attention& a, std::int64_t n, float* out, float* logsumexp) {
+  const Ways& ways = widest();
+  const Forward forward{a, ways, n, out, logsumexp};
+  const std::int64_t group = a.heads / a.kv_heads;
+  std::vector<std::pair<std::int64_t, std::int64_t>> blocks;  // segment, first query
+  for (std::int64_t i = 0; i < a.count; ++i) {
+    const std::int64_t queries = (a.segments[i].own_end - a.segments[i].own_begin) * group;
+    for (std::int64_t r = 0; r < queries; r += ways.lanes) blocks.emplace_back(i, r);
+  }
+  const auto count = static_cast<std::int64_t>(blocks.size());
+  share_out(count * a.kv_heads, a.threads, [&](std::int64_t task) {
+    const auto [i, first] = blocks[static_cast<std::size_t>(task % count)];
+    const Segment& s = a.segments[i];
+    const std::int64_t left = (s.own_end - s.own_begin) * group - first;
+    forward.block(Block(a, ways, s, task / count, first, std::min(ways.lanes, left)));
+  });
+}
+
+std::int64_t attend_back_room(const Attention& a) {
+  const std::vector<Unit> units = units_of(a);
+  return units.empty() ? 0 : (units.back().before + units.back().rows()) * a.kv_heads * 2 * a.d;
+}
+
+void attend_back(const Attention& a, std::int64_t n, const Heads& grad, const float* out,
+                 const float* logsumexp, float* g_query, float* g_key, float* g_value, float* room) {
+  const Backward backward{a,       widest(), n,       grad, out,        logsumexp,
+                          g_query, g_key,    g_value, room, units_of(a)};
+  const std::vector<Unit>& units = backward.units;
+  std::vector<std::size_t> order(units.size());  // those that take long begin first
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](std::size_t i, std::size_t j) {
+    return units[i].cost() > units[j].cost();
+  });
+  share_out(static_cast<std::int64_t>(units.size()) * a.kv_heads, a.threads, [&](std::int64_t task) {
+    backward.unit(units[order[static_cast<std::size_t>(task / a.kv_heads)]], task % a.kv_heads);
+  });
+  share_out(parts_of(n, kTokens), a.threads, [&](std::int64_t i) {
+    backward.add_up(i * kTokens, std::min(n, (i + 1) * kTokens));
+  });
+}
+
+}  // namespace compact
+
+#endif

@@ -1,0 +1,169 @@
+// The inner loops of attention for vectors of any width: small products, and scores to weights.
+// For attention.cpp, which is compiled with contraction: products are fused with their sums.
+//
+// Scores lie with one query a lane: [keys, lanes]. Peaks and sums over keys are then taken without
+// crossing lanes, and neither keys nor values need be packed for products.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "lanes.h"
+#include "products.h"
+#include "turn.h"
+
+namespace compact {
+
+constexpr std::int64_t kMostLanes = 2 * kLanes;
+
+// What each lane's query sees: keys from `first` to `last`, counted as the scores' rows are, as
+// floats. Those in [all_begin, all_end) are seen by all.
+struct Sight {
+  alignas(64) float first[kMostLanes];
+  alignas(64) float last[kMostLanes];
+  std::int64_t all_begin, all_end;
+};
+
+template <class P>
+COMPACT_INLINE typename P::Vector take(const float* p) {
+  typename P::Vector v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class P>
+COMPACT_INLINE void put(float* p, typename P::Vector v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+// c [R, W vectors] (+)= a b, for rows of b `next` apart.
+template <class P, int R, int W>
+COMPACT_INLINE void small_tile(const Factor& a, const float* b, std::ptrdiff_t next, std::int64_t k,
+                               float* c, std::ptrdiff_t stride, bool add) {
+  typedef typename P::Vector V;
+  V sums[R][W] = {};
+  const float* rows[(R + 3) / 4];  // every fourth: the others are reached by three distances
+  for (int g = 0; g < (R + 3) / 4; ++g) rows[g] = a.data + 4 * g * a.row;
+  const std::ptrdiff_t distance[4] = {0, a.row, 2 * a.row, 3 * a.row}, along = a.column;
+#pragma GCC unroll 2
+  for (std::int64_t t = 0; t < k; ++t) {
+    V right[W];
+#pragma GCC unroll 2
+    for (int j = 0; j < W; ++j) right[j] = take<P>(b + j * P::kCount);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const float x = rows[i / 4][distance[i % 4]];
+#pragma GCC unroll 2
+      for (int j = 0; j < W; ++j) sums[i][j] += x * right[j];
+    }
+    for (int g = 0; g < (R + 3) / 4; ++g) rows[g] += along;
+    b += next;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < W; ++j) {
+      float* at = c + i * stride + j * P::kCount;
+      put<P>(at, add ? sums[i][j] + take<P>(at) : sums[i][j]);
+    }
+}
+
+using SmallTile = void (*)(const Factor& a, const float* b, std::ptrdiff_t next, std::int64_t k,
+                           float* c, std::ptrdiff_t stride, bool add);
+
+// [lanes, d] to [d, lanes].
+template <class P>
+COMPACT_INLINE void turn_lanes(const float* from, std::int64_t d, float* to) {
+  constexpr std::int64_t n = P::kCount, lanes = 2 * n;
+  for (std::int64_t i = 0; i < lanes; i += n)
+    for (std::int64_t j = 0; j < d; j += n) {
+      typename P::Vector x[n];
+#pragma GCC unroll 16
+      for (int k = 0; k < n; ++k) x[k] = take<P>(from + (i + k) * d + j);
+      turn<P>(x);
+#pragma GCC unroll 16
+      for (int k = 0; k < n; ++k) put<P>(to + (j + k) * lanes + i, x[k]);
+    }
+}
+
+// x where the lane sees the key, else `other`.
+template <class P>
+COMPACT_INLINE typename P::Vector where_seen(typename P::Vector x, std::int64_t key,
+                                             const Sight& sight, std::int64_t half,
+                                             typename P::Vector other) {
+  typedef typename P::Vector V;
+  const V at = V{} + static_cast<float>(key);
+  x = at < take<P>(sight.first + half) ? other : x;
+  return take<P>(sight.last + half) < at ? other : x;
+}
+
+// exp of x <= 87; 0 below kLowest.
+template <class P>
+COMPACT_INLINE typename P::Vector exp_or_none(typename P::Vector x) {
+  typedef typename P::Vector V;
+  const V none = {};
+  return x < none + kLowest ? none : exp_of_any<V, typename P::Ints>(x);
+}
+
+// Scores of keys [begin, end), a multiple of kSums on, become exp(scale * score - peak); the peak of
+// each lane and the sum of what is left.
+constexpr std::int64_t kSums = 4;  // a sum is made of
+
+template <class P>
+COMPACT_INLINE void weights(float* scores, std::int64_t begin, std::int64_t end, const Sight& sight,
+                            float scale, float* peaks, float* totals) {
+  typedef typename P::Vector V;
+  constexpr std::int64_t n = P::kCount, lanes = 2 * n;
+  for (std::int64_t half = 0; half < lanes; half += n) {
+    const V lowest = V{} - std::numeric_limits<float>::infinity();
+    V tops[kSums];
+    for (int k = 0; k < kSums; ++k) tops[k] = lowest;
+    for (std::int64_t j = begin; j < end; j += kSums)
+      for (std::int64_t k = 0; k < std::min(kSums, end - j); ++k) {
+        float* at = scores + (j + k - begin) * lanes + half;
+        V x = take<P>(at) * scale;
+        if (j + k < sight.all_begin || j + k >= sight.all_end)
+          x = where_seen<P>(x, j + k, sight, half, lowest);
+        put<P>(at, x);
+        tops[k] = tops[k] < x ? x : tops[k];
+      }
+    V peak = tops[0];
+    for (int k = 1; k < kSums; ++k) peak = peak < tops[k] ? tops[k] : peak;
+    V sums[kSums] = {};
+    for (std::int64_t j = begin; j < end; j += kSums)
+      for (std::int64_t k = 0; k < std::min(kSums, end - j); ++k) {
+        float* at = scores + (j + k - begin) * lanes + half;
+        const V x = exp_or_none<P>(take<P>(at) - peak);
+        put<P>(at, x);
+        sums[k] += x;
+      }
+    put<P>(peaks + half, peak);
+    put<P>(totals + half, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+}
+
+// Scores of keys [begin, end) become weights, and gradients by weights become those by scores.
+template <class P>
+COMPACT_INLINE void weights_back(float* scores, float* grads, std::int64_t begin, std::int64_t end,
+                                 const Sight& sight, float scale, const float* logsumexp,
+                                 const float* along) {
+  typedef typename P::Vector V;
+  constexpr std::int64_t n = P::kCount, lanes = 2 * n;
+  const V none = {};
+  for (std::int64_t half = 0; half < lanes; half += n) {
+    const V total = take<P>(logsumexp + half), mean = take<P>(along + half);
+    for (std::int64_t j = begin; j < end; ++j) {
+      float* at = scores + (j - begin) * lanes + half;
+      float* grad = grads + (j - begin) * lanes + half;
+      V x = exp_or_none<P>(take<P>(at) * scale - total);
+      if (j < sight.all_begin || j >= sight.all_end) x = where_seen<P>(x, j, sight, half, none);
+      put<P>(at, x);
+      put<P>(grad, x * (take<P>(grad) - mean) * scale);
+    }
+  }
+}
+
+}  // namespace compact
