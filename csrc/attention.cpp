@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <limits>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -23,14 +22,15 @@ namespace {
 // ---- by instructions ---------------------------------------------------------------------------
 
 struct Ways {
-  std::int64_t lanes;         // queries worked on together: two vectors of them
+  std::int64_t strip;         // two vectors
   int rows;                   // a tile has at most
   const SmallTile* tiles[2];  // of one vector and of two, by the number of rows, less 1
   void (*turn)(const float* from, std::int64_t d, float* to);
-  void (*weights)(float* scores, std::int64_t begin, std::int64_t end, const Sight& sight,
-                  float scale, float* peaks, float* totals);
+  void (*weights)(float* scores, std::int64_t begin, std::int64_t end, std::int64_t lanes,
+                  const Sight& sight, float scale, float* peaks, float* totals);
   void (*weights_back)(float* scores, float* grads, std::int64_t begin, std::int64_t end,
-                       const Sight& sight, float scale, const float* logsumexp, const float* along);
+                       std::int64_t lanes, const Sight& sight, float scale, const float* logsumexp,
+                       const float* along);
 };
 
 // Tiles of as many rows as leave registers for two vectors of b and one entry of a.
@@ -46,17 +46,17 @@ struct Ways {
     return all;                                                                                   \
   }                                                                                               \
   instructions void turn_##name(const float* from, std::int64_t d, float* to) {                   \
-    turn_lanes<Part<bytes>>(from, d, to);                                                         \
+    turn_queries<Part<bytes>>(from, d, to);                                                       \
   }                                                                                               \
   instructions void weights_##name(float* scores, std::int64_t begin, std::int64_t end,           \
-                                   const Sight& sight, float scale, float* peaks,                 \
-                                   float* totals) {                                               \
-    weights<Part<bytes>>(scores, begin, end, sight, scale, peaks, totals);                        \
+                                   std::int64_t lanes, const Sight& sight, float scale,           \
+                                   float* peaks, float* totals) {                                 \
+    weights<Part<bytes>>(scores, begin, end, lanes, sight, scale, peaks, totals);                 \
   }                                                                                               \
-  instructions void weights_back_##name(float* scores, float* grads, std::int64_t begin,          \
-                                        std::int64_t end, const Sight& sight, float scale,        \
-                                        const float* logsumexp, const float* along) {             \
-    weights_back<Part<bytes>>(scores, grads, begin, end, sight, scale, logsumexp, along);         \
+  instructions void weights_back_##name(                                                          \
+      float* scores, float* grads, std::int64_t begin, std::int64_t end, std::int64_t lanes,      \
+      const Sight& sight, float scale, const float* logsumexp, const float* along) {              \
+    weights_back<Part<bytes>>(scores, grads, begin, end, lanes, sight, scale, logsumexp, along);  \
   }                                                                                               \
   const Ways& ways_##name() {                                                                     \
     constexpr std::make_integer_sequence<int, most> sizes{};                                      \
@@ -86,13 +86,14 @@ const Ways& widest() {
 // c [m, n] (+)= a b, for m, n, k of a hundred or two; n is a multiple of kLanes.
 void product(const Ways& ways, const Factor& a, const float* b, std::ptrdiff_t next, std::int64_t m,
              std::int64_t n, std::int64_t k, float* c, std::ptrdiff_t stride, bool add) {
-  const std::int64_t panels = parts_of(m, ways.rows);
-  for (std::int64_t j = 0; j < n; j += ways.lanes) {
-    const SmallTile* tiles = ways.tiles[j + ways.lanes <= n];
-    for (std::int64_t q = 0; q < panels; ++q) {
-      const std::int64_t i = m * q / panels, rows = m * (q + 1) / panels - i;
-      tiles[rows - 1]({a.data + i * a.row, a.row, a.column}, b + j, next, k, c + i * stride + j,
-                      stride, add);
+  const std::int64_t panels = parts_of(m, ways.rows), rows = m / panels, more = m % panels;
+  for (std::int64_t j = 0; j < n; j += ways.strip) {
+    const SmallTile* tiles = ways.tiles[j + ways.strip <= n];
+    for (std::int64_t q = 0, i = 0; q < panels; ++q) {  // of nearly the same height
+      const std::int64_t height = rows + (q < more);
+      tiles[height - 1]({a.data + i * a.row, a.row, a.column}, b + j, next, k, c + i * stride + j,
+                        stride, add);
+      i += height;
     }
   }
 }
@@ -108,13 +109,13 @@ std::int64_t root_of(const Segment& s) { return s.root_end - s.root_begin; }
 // [first, first + rows) of them, token by token. Keys are counted from the root's first on.
 class Block {
  public:
-  Block(const Attention& a, const Ways& ways, const Segment& s, std::int64_t kv, std::int64_t first,
+  Block(const Attention& a, const Segment& s, std::int64_t kv, std::int64_t first,
         std::int64_t rows)
-      : a_(a), lanes_(ways.lanes), segment_(s), group_(a.heads / a.kv_heads), kv_(kv),
+      : a_(a), segment_(s), group_(a.heads / a.kv_heads), kv_(kv),
         first_(first), rows_(rows) {
     const std::int64_t root = root_of(s);
     std::int64_t begin = 0, end = kMostSeen;
-    for (std::int64_t i = 0; i < lanes_; ++i) {
+    for (std::int64_t i = 0; i < kQueries; ++i) {
       const std::int64_t last = root + own(std::min(i, rows - 1));
       const std::int64_t from = a.window > 0 ? std::max<std::int64_t>(0, last + 1 - a.window) : 0;
       sight_.first[i] = static_cast<float>(from), sight_.last[i] = static_cast<float>(last);
@@ -126,17 +127,18 @@ class Block {
   }
 
   std::int64_t rows() const { return rows_; }
+  std::int64_t lanes() const { return parts_of(rows_, kLanes) * kLanes; }  // whole vectors
   std::int64_t begin() const { return begin_; }  // the keys that any lane sees
   std::int64_t end() const { return end_; }
   const Sight& sight() const { return sight_; }
   std::int64_t token(std::int64_t row) const { return segment_.own_begin + own(row); }
   std::int64_t head(std::int64_t row) const { return kv_ * group_ + (first_ + row) % group_; }
 
-  // Queries, or what is shaped like them, as [lanes, d]; zeros in lanes without a query.
+  // Queries, or what is shaped like them, as [kQueries, d]; zeros in lanes without a query.
   void gather(const Heads& x, float* to) const {
     for (std::int64_t i = 0; i < rows_; ++i)
       std::copy_n(x.data + token(i) * x.stride + head(i) * a_.d, a_.d, to + i * a_.d);
-    std::fill(to + rows_ * a_.d, to + lanes_ * a_.d, 0.0f);
+    std::fill(to + rows_ * a_.d, to + kQueries * a_.d, 0.0f);
   }
 
   // f(begin, end, first token) of the keys, at most `size` at a time, which are parted at the same
@@ -165,7 +167,6 @@ class Block {
   std::int64_t own(std::int64_t row) const { return (first_ + row) / group_; }
 
   const Attention& a_;
-  const std::int64_t lanes_;
   const Segment segment_;
   const std::int64_t group_, kv_, first_, rows_;
   std::int64_t begin_, end_;
@@ -201,20 +202,22 @@ struct Forward {
   float *out, *logsumexp;
 
   void block(const Block& b) const {
-    const std::int64_t d = a.d, lanes = ways.lanes, part = lanes * d;
-    float* rows = thread_room(2 * part + (b.end() - b.begin()) * lanes);
-    float *turned = rows + part, *scores = turned + part;
+    const std::int64_t d = a.d, begin = b.begin(), end = parts_of(b.end(), kSums) * kSums;
+    float* rows = thread_room(2 * kQueries * d + (end - begin) * kQueries);
+    float *turned = rows + kQueries * d, *scores = turned + kQueries * d;
+    const auto of = [&](std::int64_t key) { return scores + (key - begin) * kQueries; };
     b.gather(a.query, rows);
     ways.turn(rows, d, turned);
-    b.each_piece(kSpan, [&](std::int64_t at, std::int64_t end, std::int64_t token) {
-      product(ways, {b.of(a.key, token), a.key.stride, 1}, turned, lanes, end - at, lanes, d,
-              scores + (at - b.begin()) * lanes, lanes, false);
+    b.each_piece(kSpan, [&](std::int64_t at, std::int64_t to, std::int64_t token) {
+      product(ways, {b.of(a.key, token), a.key.stride, 1}, turned, kQueries, to - at, b.lanes(), d,
+              of(at), kQueries, false);
     });
-    float peaks[kMostLanes], totals[kMostLanes];
-    ways.weights(scores, b.begin(), b.end(), b.sight(), a.scale, peaks, totals);
-    b.each_piece(kSpan, [&](std::int64_t at, std::int64_t end, std::int64_t token) {
-      product(ways, {scores + (at - b.begin()) * lanes, 1, lanes}, b.of(a.value, token),
-              a.value.stride, b.rows(), d, end - at, rows, d, at > b.begin());
+    std::fill(of(b.end()), of(end), 0.0f);
+    float peaks[kQueries], totals[kQueries];
+    ways.weights(scores, begin, end, b.lanes(), b.sight(), a.scale, peaks, totals);
+    b.each_piece(kSpan, [&](std::int64_t at, std::int64_t to, std::int64_t token) {
+      product(ways, {of(at), 1, kQueries}, b.of(a.value, token), a.value.stride, b.rows(), d,
+              to - at, rows, d, at > begin);
     });
     for (std::int64_t i = 0; i < b.rows(); ++i) {
       const std::int64_t token = b.token(i), head = b.head(i);
@@ -228,44 +231,47 @@ struct Forward {
 
 // ---- back --------------------------------------------------------------------------------------
 
-// Queries of segments [first, end) with one root, tokens [token_begin, token_end), whose share of the
-// gradients of keys and values one thread sums up. What is seen of the root has rows [0, root) of the
-// sums, tokens from `own_begin` on have the ones behind.
+// Queries of segments [first, end) that see one root, whose share of the gradients of keys and values
+// one thread sums up: of a segment [query_begin, query_end), of several all. What is seen of the root
+// has rows [0, root) of the sums, tokens [own_begin, own_end) have the ones behind.
 struct Unit {
-  std::int64_t first, end, token_begin, token_end, own_begin, root;
+  std::int64_t first, end, query_begin, query_end, own_begin, own_end, root;
   std::int64_t before;  // rows of the units before it
-  std::int64_t rows() const { return root + token_end - own_begin; }
-  std::int64_t cost() const { return (token_end - token_begin) * rows(); }
+  std::int64_t rows() const { return root + own_end - own_begin; }
+  std::int64_t cost() const { return (query_end - query_begin) * rows(); }
 };
 
-constexpr std::int64_t kQueries = 384;   // of a unit: more are parted
-constexpr std::int64_t kFewQueries = 96;  // fewer share a unit with their neighbours
-constexpr std::int64_t kUnits = 16;      // of a segment and all heads, about, at most
+constexpr std::int64_t kMany = 12 * kQueries;  // queries; a segment with more is parted
+constexpr std::int64_t kFew = 3 * kQueries;    // so many share a unit with their neighbours
+constexpr std::int64_t kUnits = 16;            // of a segment and all heads, about, at most
 
 // Where a segment is parted depends on itself alone.
 std::vector<Unit> units_of(const Attention& a) {
   const std::int64_t group = a.heads / a.kv_heads;
   std::vector<Unit> units;
+  const auto joins = [&](const Segment& s) {
+    if (units.empty()) return false;
+    const Unit& last = units.back();
+    const Segment& before = a.segments[last.end - 1];
+    return before.root_begin == s.root_begin && before.root_end == s.root_end &&
+           last.own_end == s.own_begin && (s.own_end - last.own_begin) * group <= kFew;
+  };
   for (std::int64_t i = 0; i < a.count; ++i) {
     const Segment& s = a.segments[i];
-    const std::int64_t n = s.own_end - s.own_begin, root = root_of(s);
-    if (n == 0) continue;
-    if (!units.empty()) {
+    const std::int64_t queries = (s.own_end - s.own_begin) * group;
+    if (joins(s)) {
       Unit& last = units.back();
-      const Segment& before = a.segments[last.end - 1];
-      if (before.root_begin == s.root_begin && before.root_end == s.root_end &&
-          last.token_end == s.own_begin &&
-          (s.own_end - last.token_begin) * group <= kFewQueries) {
-        last.end = i + 1, last.token_end = s.own_end;
-        continue;
-      }
+      last.end = i + 1, last.query_end += queries, last.own_end = s.own_end;
+      continue;
     }
-    const std::int64_t parts =
-        std::min(parts_of(n * group, kQueries), parts_of(kUnits, a.kv_heads));
-    for (std::int64_t p = 0; p < parts; ++p)
-      if (n * p / parts < n * (p + 1) / parts)
-        units.push_back({i, i + 1, s.own_begin + n * p / parts, s.own_begin + n * (p + 1) / parts,
-                         s.own_begin, root, 0});
+    const std::int64_t blocks = parts_of(queries, kQueries);
+    const std::int64_t parts = std::min(parts_of(queries, kMany), parts_of(kUnits, a.kv_heads));
+    for (std::int64_t p = 0; p < parts; ++p) {
+      const std::int64_t begin = blocks * p / parts * kQueries;
+      const std::int64_t end = std::min(queries, blocks * (p + 1) / parts * kQueries);
+      const std::int64_t own_end = s.own_begin + parts_of(end, group);
+      units.push_back({i, i + 1, begin, end, s.own_begin, own_end, root_of(s), 0});
+    }
   }
   std::int64_t rows = 0;
   for (Unit& unit : units) unit.before = rows, rows += unit.rows();
@@ -292,42 +298,42 @@ struct Backward {
     std::fill_n(to, u.rows() * 2 * a.d, 0.0f);
     for (std::int64_t i = u.first; i < u.end; ++i) {
       const Segment& s = a.segments[i];
-      const std::int64_t begin = (std::max(u.token_begin, s.own_begin) - s.own_begin) * group;
-      const std::int64_t end = (std::min(u.token_end, s.own_end) - s.own_begin) * group;
-      for (std::int64_t r = begin; r < end; r += ways.lanes)
-        block(Block(a, ways, s, kv, r, std::min(ways.lanes, end - r)), u.root,
-              s.own_begin - u.own_begin, to);
+      const bool alone = u.end - u.first == 1;
+      const std::int64_t begin = alone ? u.query_begin : 0;
+      const std::int64_t end = alone ? u.query_end : (s.own_end - s.own_begin) * group;
+      for (std::int64_t r = begin; r < end; r += kQueries)
+        block(Block(a, s, kv, r, std::min(kQueries, end - r)), u.root, s.own_begin - u.own_begin, to);
     }
   }
 
   // `shift`: rows of the unit's sums that lie between the root's and those of the block's segment.
   void block(const Block& b, std::int64_t root, std::int64_t shift, float* to) const {
-    const std::int64_t d = a.d, lanes = ways.lanes, part = lanes * d;
-    float* query = thread_room(5 * part + 2 * kKeys * lanes);
+    const std::int64_t d = a.d, part = kQueries * d;
+    float* query = thread_room(5 * part + 2 * kKeys * kQueries);
     float *turned_query = query + part, *grads = turned_query + part, *turned_grads = grads + part;
-    float *g_rows = turned_grads + part, *scores = g_rows + part, *g_scores = scores + kKeys * lanes;
+    float *g_rows = turned_grads + part, *scores = g_rows + part;
+    float* g_scores = scores + kKeys * kQueries;
     b.gather({out, a.heads * d}, g_rows);
     b.gather(a.query, query);
     b.gather(grad, grads);
-    float along[kMostLanes], totals[kMostLanes];
-    for (std::int64_t i = 0; i < lanes; ++i) {
+    float along[kQueries], totals[kQueries];
+    for (std::int64_t i = 0; i < kQueries; ++i) {
       along[i] = dot(g_rows + i * d, grads + i * d);
-      totals[i] = i < b.rows() ? logsumexp[b.head(i) * n + b.token(i)]
-                               : std::numeric_limits<float>::infinity();  // its weights are 0
+      totals[i] = i < b.rows() ? logsumexp[b.head(i) * n + b.token(i)] : 0.0f;
     }
     ways.turn(query, d, turned_query);
     ways.turn(grads, d, turned_grads);
     b.each_piece(kKeys, [&](std::int64_t at, std::int64_t end, std::int64_t token) {
-      const std::int64_t keys = end - at;
+      const std::int64_t keys = end - at, rows = b.rows(), lanes = b.lanes();
       const Factor key{b.of(a.key, token), a.key.stride, 1};
       const Factor value{b.of(a.value, token), a.value.stride, 1};
-      product(ways, key, turned_query, lanes, keys, lanes, d, scores, lanes, false);
-      product(ways, value, turned_grads, lanes, keys, lanes, d, g_scores, lanes, false);
-      ways.weights_back(scores, g_scores, at, end, b.sight(), a.scale, totals, along);
+      product(ways, key, turned_query, kQueries, keys, lanes, d, scores, kQueries, false);
+      product(ways, value, turned_grads, kQueries, keys, lanes, d, g_scores, kQueries, false);
+      ways.weights_back(scores, g_scores, at, end, lanes, b.sight(), a.scale, totals, along);
       float* sum = to + (at < root ? at : at + shift) * 2 * d;
-      product(ways, {g_scores, lanes, 1}, query, d, keys, d, b.rows(), sum, 2 * d, true);
-      product(ways, {scores, lanes, 1}, grads, d, keys, d, b.rows(), sum + d, 2 * d, true);
-      product(ways, {g_scores, 1, lanes}, key.data, key.row, b.rows(), d, keys, g_rows, d,
+      product(ways, {g_scores, kQueries, 1}, query, d, keys, d, rows, sum, 2 * d, true);
+      product(ways, {scores, kQueries, 1}, grads, d, keys, d, rows, sum + d, 2 * d, true);
+      product(ways, {g_scores, 1, kQueries}, key.data, key.row, rows, d, keys, g_rows, d,
               at > b.begin());
     });
     for (std::int64_t i = 0; i < b.rows(); ++i)
@@ -347,7 +353,7 @@ struct Backward {
     for (const Unit& u : units) {
       const std::int64_t root = a.segments[u.first].root_begin;
       add(u, std::max(begin, root), std::min(end, root + u.root), -root);
-      add(u, std::max(begin, u.own_begin), std::min(end, u.token_end), u.root - u.own_begin);
+      add(u, std::max(begin, u.own_begin), std::min(end, u.own_end), u.root - u.own_begin);
     }
   }
 
@@ -375,14 +381,14 @@ void attend(const Attention& a, std::int64_t n, float* out, float* logsumexp) {
   std::vector<std::pair<std::int64_t, std::int64_t>> blocks;  // segment, first query
   for (std::int64_t i = 0; i < a.count; ++i) {
     const std::int64_t queries = (a.segments[i].own_end - a.segments[i].own_begin) * group;
-    for (std::int64_t r = 0; r < queries; r += ways.lanes) blocks.emplace_back(i, r);
+    for (std::int64_t r = 0; r < queries; r += kQueries) blocks.emplace_back(i, r);
   }
   const auto count = static_cast<std::int64_t>(blocks.size());
   share_out(count * a.kv_heads, a.threads, [&](std::int64_t task) {
     const auto [i, first] = blocks[static_cast<std::size_t>(task % count)];
     const Segment& s = a.segments[i];
     const std::int64_t left = (s.own_end - s.own_begin) * group - first;
-    forward.block(Block(a, ways, s, task / count, first, std::min(ways.lanes, left)));
+    forward.block(Block(a, s, task / count, first, std::min(kQueries, left)));
   });
 }
 

@@ -17,13 +17,13 @@
 
 namespace compact {
 
-constexpr std::int64_t kMostLanes = 2 * kLanes;
+constexpr std::int64_t kQueries = 32;  // lanes of a row of scores, in vectors of any width
 
 // What each lane's query sees: keys from `first` to `last`, counted as the scores' rows are, as
 // floats. Those in [all_begin, all_end) are seen by all.
 struct Sight {
-  alignas(64) float first[kMostLanes];
-  alignas(64) float last[kMostLanes];
+  alignas(64) float first[kQueries];
+  alignas(64) float last[kQueries];
   std::int64_t all_begin, all_end;
 };
 
@@ -74,30 +74,31 @@ COMPACT_INLINE void small_tile(const Factor& a, const float* b, std::ptrdiff_t n
 using SmallTile = void (*)(const Factor& a, const float* b, std::ptrdiff_t next, std::int64_t k,
                            float* c, std::ptrdiff_t stride, bool add);
 
-// [lanes, d] to [d, lanes].
+// [kQueries, d] to [d, kQueries].
 template <class P>
-COMPACT_INLINE void turn_lanes(const float* from, std::int64_t d, float* to) {
-  constexpr std::int64_t n = P::kCount, lanes = 2 * n;
-  for (std::int64_t i = 0; i < lanes; i += n)
+COMPACT_INLINE void turn_queries(const float* from, std::int64_t d, float* to) {
+  constexpr std::int64_t n = P::kCount;
+  for (std::int64_t i = 0; i < kQueries; i += n)
     for (std::int64_t j = 0; j < d; j += n) {
       typename P::Vector x[n];
 #pragma GCC unroll 16
       for (int k = 0; k < n; ++k) x[k] = take<P>(from + (i + k) * d + j);
       turn<P>(x);
 #pragma GCC unroll 16
-      for (int k = 0; k < n; ++k) put<P>(to + (j + k) * lanes + i, x[k]);
+      for (int k = 0; k < n; ++k) put<P>(to + (j + k) * kQueries + i, x[k]);
     }
 }
 
 // x where the lane sees the key, else `other`.
 template <class P>
 COMPACT_INLINE typename P::Vector where_seen(typename P::Vector x, std::int64_t key,
-                                             const Sight& sight, std::int64_t half,
+                                             const Sight& sight, std::int64_t lane,
                                              typename P::Vector other) {
   typedef typename P::Vector V;
   const V at = V{} + static_cast<float>(key);
-  x = at < take<P>(sight.first + half) ? other : x;
-  return take<P>(sight.last + half) < at ? other : x;
+  const V after = at - take<P>(sight.first + lane), before = take<P>(sight.last + lane) - at;
+  const V inside = after < before ? after : before;  // one comparison: of two GCC makes a loop
+  return inside < V{} ? other : x;
 }
 
 // exp of x <= 87; 0 below kLowest.
@@ -108,60 +109,62 @@ COMPACT_INLINE typename P::Vector exp_or_none(typename P::Vector x) {
   return x < none + kLowest ? none : exp_of_any<V, typename P::Ints>(x);
 }
 
-// Scores of keys [begin, end), a multiple of kSums on, become exp(scale * score - peak); the peak of
-// each lane and the sum of what is left.
-constexpr std::int64_t kSums = 4;  // a sum is made of
+constexpr std::int64_t kSums = 4;  // that a lane's sum is made of
 
+// Scores of keys [begin, end), multiples of kSums, become exp(scale * score - peak); the peak of each
+// lane and the sum of what is left. Lanes from `lanes` on are left alone.
 template <class P>
-COMPACT_INLINE void weights(float* scores, std::int64_t begin, std::int64_t end, const Sight& sight,
-                            float scale, float* peaks, float* totals) {
+COMPACT_INLINE void weights(float* scores, std::int64_t begin, std::int64_t end, std::int64_t lanes,
+                            const Sight& sight, float scale, float* peaks, float* totals) {
   typedef typename P::Vector V;
-  constexpr std::int64_t n = P::kCount, lanes = 2 * n;
-  for (std::int64_t half = 0; half < lanes; half += n) {
-    const V lowest = V{} - std::numeric_limits<float>::infinity();
-    V tops[kSums];
+  const V lowest = V{} - std::numeric_limits<float>::infinity();
+  for (std::int64_t lane = 0; lane < lanes; lane += P::kCount) {
+    V tops[kSums], sums[kSums] = {};
+#pragma GCC unroll 4
     for (int k = 0; k < kSums; ++k) tops[k] = lowest;
-    for (std::int64_t j = begin; j < end; j += kSums)
-      for (std::int64_t k = 0; k < std::min(kSums, end - j); ++k) {
-        float* at = scores + (j + k - begin) * lanes + half;
-        V x = take<P>(at) * scale;
-        if (j + k < sight.all_begin || j + k >= sight.all_end)
-          x = where_seen<P>(x, j + k, sight, half, lowest);
-        put<P>(at, x);
+    float* at = scores + lane;
+    for (std::int64_t j = begin; j < end; j += kSums, at += kSums * kQueries) {
+      const bool all = j >= sight.all_begin && j + kSums <= sight.all_end;
+#pragma GCC unroll 4
+      for (int k = 0; k < kSums; ++k) {
+        V x = take<P>(at + k * kQueries) * scale;
+        if (!all) x = where_seen<P>(x, j + k, sight, lane, lowest);
+        put<P>(at + k * kQueries, x);
         tops[k] = tops[k] < x ? x : tops[k];
       }
+    }
     V peak = tops[0];
+#pragma GCC unroll 4
     for (int k = 1; k < kSums; ++k) peak = peak < tops[k] ? tops[k] : peak;
-    V sums[kSums] = {};
-    for (std::int64_t j = begin; j < end; j += kSums)
-      for (std::int64_t k = 0; k < std::min(kSums, end - j); ++k) {
-        float* at = scores + (j + k - begin) * lanes + half;
-        const V x = exp_or_none<P>(take<P>(at) - peak);
-        put<P>(at, x);
+    at = scores + lane;
+    for (std::int64_t j = begin; j < end; j += kSums, at += kSums * kQueries)
+#pragma GCC unroll 4
+      for (int k = 0; k < kSums; ++k) {
+        const V x = exp_or_none<P>(take<P>(at + k * kQueries) - peak);
+        put<P>(at + k * kQueries, x);
         sums[k] += x;
       }
-    put<P>(peaks + half, peak);
-    put<P>(totals + half, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+    put<P>(peaks + lane, peak);
+    put<P>(totals + lane, (sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
 }
 
 // Scores of keys [begin, end) become weights, and gradients by weights become those by scores.
 template <class P>
 COMPACT_INLINE void weights_back(float* scores, float* grads, std::int64_t begin, std::int64_t end,
-                                 const Sight& sight, float scale, const float* logsumexp,
-                                 const float* along) {
+                                 std::int64_t lanes, const Sight& sight, float scale,
+                                 const float* logsumexp, const float* along) {
   typedef typename P::Vector V;
-  constexpr std::int64_t n = P::kCount, lanes = 2 * n;
   const V none = {};
-  for (std::int64_t half = 0; half < lanes; half += n) {
-    const V total = take<P>(logsumexp + half), mean = take<P>(along + half);
-    for (std::int64_t j = begin; j < end; ++j) {
-      float* at = scores + (j - begin) * lanes + half;
-      float* grad = grads + (j - begin) * lanes + half;
-      V x = exp_or_none<P>(take<P>(at) * scale - total);
-      if (j < sight.all_begin || j >= sight.all_end) x = where_seen<P>(x, j, sight, half, none);
+  for (std::int64_t j = begin; j < end; ++j) {
+    const bool all = j >= sight.all_begin && j < sight.all_end;
+    for (std::int64_t lane = 0; lane < lanes; lane += P::kCount) {
+      float* at = scores + (j - begin) * kQueries + lane;
+      float* grad = grads + (j - begin) * kQueries + lane;
+      V x = exp_or_none<P>(take<P>(at) * scale - take<P>(logsumexp + lane));
+      if (!all) x = where_seen<P>(x, j, sight, lane, none);
       put<P>(at, x);
-      put<P>(grad, x * (take<P>(grad) - mean) * scale);
+      put<P>(grad, x * (take<P>(grad) - take<P>(along + lane)) * scale);
     }
   }
 }
