@@ -25,7 +25,8 @@ struct Ways {
   std::int64_t strip;         // two vectors
   int rows;                   // a tile has at most
   const SmallTile* tiles[2];  // of one vector and of two, by the number of rows, less 1
-  void (*turn)(const float* from, std::int64_t d, float* to);
+  void (*turn)(const float* const* rows, std::int64_t d, float* flat, float* turned);
+  void (*dots)(const float* const* rows, const float* others, std::int64_t d, float* sums);
   void (*weights)(float* scores, std::int64_t begin, std::int64_t end, std::int64_t lanes,
                   const Sight& sight, float scale, float* peaks, float* totals);
   void (*weights_back)(float* scores, float* grads, std::int64_t begin, std::int64_t end,
@@ -45,8 +46,13 @@ struct Ways {
     static const SmallTile all[] = {tile_##name<W, I + 1>...};                                    \
     return all;                                                                                   \
   }                                                                                               \
-  instructions void turn_##name(const float* from, std::int64_t d, float* to) {                   \
-    turn_queries<Part<bytes>>(from, d, to);                                                       \
+  instructions void turn_##name(const float* const* rows, std::int64_t d, float* flat,            \
+                                float* turned) {                                                  \
+    turn_queries<Part<bytes>>(rows, d, flat, turned);                                             \
+  }                                                                                               \
+  instructions void dots_##name(const float* const* rows, const float* others, std::int64_t d,    \
+                                float* sums) {                                                    \
+    dots<Part<bytes>>(rows, others, d, sums);                                                     \
   }                                                                                               \
   instructions void weights_##name(float* scores, std::int64_t begin, std::int64_t end,           \
                                    std::int64_t lanes, const Sight& sight, float scale,           \
@@ -64,6 +70,7 @@ struct Ways {
                           most,                                                                   \
                           {tiles_##name<1>(sizes), tiles_##name<2>(sizes)},                       \
                           turn_##name,                                                            \
+                          dots_##name,                                                            \
                           weights_##name,                                                         \
                           weights_back_##name};                                                   \
     return all;                                                                                   \
@@ -111,19 +118,23 @@ class Block {
  public:
   Block(const Attention& a, const Segment& s, std::int64_t kv, std::int64_t first,
         std::int64_t rows)
-      : a_(a), segment_(s), group_(a.heads / a.kv_heads), kv_(kv),
-        first_(first), rows_(rows) {
-    const std::int64_t root = root_of(s);
-    std::int64_t begin = 0, end = kMostSeen;
+      : a_(a), segment_(s), kv_(kv), rows_(rows) {
+    const std::int64_t group = a.heads / a.kv_heads;
     for (std::int64_t i = 0; i < kQueries; ++i) {
-      const std::int64_t last = root + own(std::min(i, rows - 1));
-      const std::int64_t from = a.window > 0 ? std::max<std::int64_t>(0, last + 1 - a.window) : 0;
-      sight_.first[i] = static_cast<float>(from), sight_.last[i] = static_cast<float>(last);
-      begin = std::max(begin, from), end = std::min(end, last + 1);
+      const std::int64_t row = first + std::min(i, rows - 1);
+      own_[i] = row / group, head_[i] = kv * group + row % group;
     }
-    sight_.all_begin = begin, sight_.all_end = end;
+    const std::int64_t root = root_of(s);
+    sight_.all_begin = 0, sight_.all_end = kMostSeen;
+    for (std::int64_t i = 0; i < kQueries; ++i) {
+      const std::int64_t last = root + own_[i];
+      const std::int64_t begin = a.window > 0 ? std::max<std::int64_t>(0, last + 1 - a.window) : 0;
+      sight_.first[i] = static_cast<float>(begin), sight_.last[i] = static_cast<float>(last);
+      sight_.all_begin = std::max(sight_.all_begin, begin);
+      sight_.all_end = std::min(sight_.all_end, last + 1);
+    }
     begin_ = static_cast<std::int64_t>(sight_.first[0]) / kSums * kSums;
-    end_ = root + own(rows - 1) + 1;
+    end_ = root + own_[rows - 1] + 1;
   }
 
   std::int64_t rows() const { return rows_; }
@@ -131,14 +142,14 @@ class Block {
   std::int64_t begin() const { return begin_; }  // the keys that any lane sees
   std::int64_t end() const { return end_; }
   const Sight& sight() const { return sight_; }
-  std::int64_t token(std::int64_t row) const { return segment_.own_begin + own(row); }
-  std::int64_t head(std::int64_t row) const { return kv_ * group_ + (first_ + row) % group_; }
+  std::int64_t token(std::int64_t row) const { return segment_.own_begin + own_[row]; }
+  std::int64_t head(std::int64_t row) const { return head_[row]; }
 
-  // Queries, or what is shaped like them, as [kQueries, d]; zeros in lanes without a query.
-  void gather(const Heads& x, float* to) const {
-    for (std::int64_t i = 0; i < rows_; ++i)
-      std::copy_n(x.data + token(i) * x.stride + head(i) * a_.d, a_.d, to + i * a_.d);
-    std::fill(to + rows_ * a_.d, to + kQueries * a_.d, 0.0f);
+  // Where the rows of queries, or of what is shaped like them, lie; zeros in lanes without a query.
+  void find(const Heads& x, const float** rows) const {
+    static constexpr float kNone[kMostWidth] = {};
+    for (std::int64_t i = 0; i < kQueries; ++i)
+      rows[i] = i < rows_ ? x.data + token(i) * x.stride + head(i) * a_.d : kNone;
   }
 
   // f(begin, end, first token) of the keys, at most `size` at a time, which are parted at the same
@@ -164,12 +175,10 @@ class Block {
   }
 
  private:
-  std::int64_t own(std::int64_t row) const { return (first_ + row) / group_; }
-
   const Attention& a_;
   const Segment segment_;
-  const std::int64_t group_, kv_, first_, rows_;
-  std::int64_t begin_, end_;
+  const std::int64_t kv_, rows_;
+  std::int64_t begin_, end_, own_[kQueries], head_[kQueries];
   Sight sight_;
 };
 
@@ -206,8 +215,9 @@ struct Forward {
     float* rows = thread_room(2 * kQueries * d + (end - begin) * kQueries);
     float *turned = rows + kQueries * d, *scores = turned + kQueries * d;
     const auto of = [&](std::int64_t key) { return scores + (key - begin) * kQueries; };
-    b.gather(a.query, rows);
-    ways.turn(rows, d, turned);
+    const float* queries[kQueries];
+    b.find(a.query, queries);
+    ways.turn(queries, d, nullptr, turned);
     b.each_piece(kSpan, [&](std::int64_t at, std::int64_t to, std::int64_t token) {
       product(ways, {b.of(a.key, token), a.key.stride, 1}, turned, kQueries, to - at, b.lanes(), d,
               of(at), kQueries, false);
@@ -294,56 +304,54 @@ struct Backward {
 
   void unit(const Unit& u, std::int64_t kv) const {
     const std::int64_t group = a.heads / a.kv_heads;
+    const bool alone = u.end - u.first == 1;
+    const bool all = alone && a.window == 0;  // the last block sees all that any sees
     float* to = sums(u, kv);
-    std::fill_n(to, u.rows() * 2 * a.d, 0.0f);
+    if (!all) std::fill_n(to, u.rows() * 2 * a.d, 0.0f);
     for (std::int64_t i = u.first; i < u.end; ++i) {
       const Segment& s = a.segments[i];
-      const bool alone = u.end - u.first == 1;
       const std::int64_t begin = alone ? u.query_begin : 0;
       const std::int64_t end = alone ? u.query_end : (s.own_end - s.own_begin) * group;
-      for (std::int64_t r = begin; r < end; r += kQueries)
-        block(Block(a, s, kv, r, std::min(kQueries, end - r)), u.root, s.own_begin - u.own_begin, to);
+      for (std::int64_t q = parts_of(end - begin, kQueries) - 1; q >= 0; --q) {
+        const std::int64_t first = begin + q * kQueries, rows = std::min(kQueries, end - first);
+        block(Block(a, s, kv, first, rows), u.root, s.own_begin - u.own_begin, to,
+              !all || first + rows < end);
+      }
     }
   }
 
   // `shift`: rows of the unit's sums that lie between the root's and those of the block's segment.
-  void block(const Block& b, std::int64_t root, std::int64_t shift, float* to) const {
+  void block(const Block& b, std::int64_t root, std::int64_t shift, float* to, bool add) const {
     const std::int64_t d = a.d, part = kQueries * d;
     float* query = thread_room(5 * part + 2 * kKeys * kQueries);
     float *turned_query = query + part, *grads = turned_query + part, *turned_grads = grads + part;
     float *g_rows = turned_grads + part, *scores = g_rows + part;
     float* g_scores = scores + kKeys * kQueries;
-    b.gather({out, a.heads * d}, g_rows);
-    b.gather(a.query, query);
-    b.gather(grad, grads);
-    float along[kQueries], totals[kQueries];
-    for (std::int64_t i = 0; i < kQueries; ++i) {
-      along[i] = dot(g_rows + i * d, grads + i * d);
+    const float* rows[kQueries];
+    b.find(a.query, rows);
+    ways.turn(rows, d, query, turned_query);
+    b.find(grad, rows);
+    ways.turn(rows, d, grads, turned_grads);
+    alignas(64) float along[kQueries], totals[kQueries];
+    b.find({out, a.heads * d}, rows);
+    ways.dots(rows, grads, d, along);
+    for (std::int64_t i = 0; i < kQueries; ++i)
       totals[i] = i < b.rows() ? logsumexp[b.head(i) * n + b.token(i)] : 0.0f;
-    }
-    ways.turn(query, d, turned_query);
-    ways.turn(grads, d, turned_grads);
     b.each_piece(kKeys, [&](std::int64_t at, std::int64_t end, std::int64_t token) {
-      const std::int64_t keys = end - at, rows = b.rows(), lanes = b.lanes();
+      const std::int64_t keys = end - at, queries = b.rows(), lanes = b.lanes();
       const Factor key{b.of(a.key, token), a.key.stride, 1};
       const Factor value{b.of(a.value, token), a.value.stride, 1};
       product(ways, key, turned_query, kQueries, keys, lanes, d, scores, kQueries, false);
       product(ways, value, turned_grads, kQueries, keys, lanes, d, g_scores, kQueries, false);
       ways.weights_back(scores, g_scores, at, end, lanes, b.sight(), a.scale, totals, along);
       float* sum = to + (at < root ? at : at + shift) * 2 * d;
-      product(ways, {g_scores, kQueries, 1}, query, d, keys, d, rows, sum, 2 * d, true);
-      product(ways, {scores, kQueries, 1}, grads, d, keys, d, rows, sum + d, 2 * d, true);
-      product(ways, {g_scores, 1, kQueries}, key.data, key.row, rows, d, keys, g_rows, d,
+      product(ways, {g_scores, kQueries, 1}, query, d, keys, d, queries, sum, 2 * d, add);
+      product(ways, {scores, kQueries, 1}, grads, d, keys, d, queries, sum + d, 2 * d, add);
+      product(ways, {g_scores, 1, kQueries}, key.data, key.row, queries, d, keys, g_rows, d,
               at > b.begin());
     });
     for (std::int64_t i = 0; i < b.rows(); ++i)
       std::copy_n(g_rows + i * d, d, g_query + (b.token(i) * a.heads + b.head(i)) * d);
-  }
-
-  float dot(const float* x, const float* y) const {
-    Lanes sums{};
-    for (std::int64_t j = 0; j < a.d; j += kLanes) sums += load(x + j) * load(y + j);
-    return sum(sums);
   }
 
   // Gradients of some tokens' keys and values: the units' sums, in their order.

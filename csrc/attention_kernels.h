@@ -48,7 +48,7 @@ COMPACT_INLINE void small_tile(const Factor& a, const float* b, std::ptrdiff_t n
   const float* rows[(R + 3) / 4];  // every fourth: the others are reached by three distances
   for (int g = 0; g < (R + 3) / 4; ++g) rows[g] = a.data + 4 * g * a.row;
   const std::ptrdiff_t distance[4] = {0, a.row, 2 * a.row, 3 * a.row}, along = a.column;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (std::int64_t t = 0; t < k; ++t) {
     V right[W];
 #pragma GCC unroll 2
@@ -74,19 +74,43 @@ COMPACT_INLINE void small_tile(const Factor& a, const float* b, std::ptrdiff_t n
 using SmallTile = void (*)(const Factor& a, const float* b, std::ptrdiff_t next, std::int64_t k,
                            float* c, std::ptrdiff_t stride, bool add);
 
-// [kQueries, d] to [d, kQueries].
+// Rows of d to [d, kQueries], and unless `flat` is null to [kQueries, d].
 template <class P>
-COMPACT_INLINE void turn_queries(const float* from, std::int64_t d, float* to) {
+COMPACT_INLINE void turn_queries(const float* const* rows, std::int64_t d, float* flat,
+                                 float* turned) {
   constexpr std::int64_t n = P::kCount;
   for (std::int64_t i = 0; i < kQueries; i += n)
     for (std::int64_t j = 0; j < d; j += n) {
       typename P::Vector x[n];
 #pragma GCC unroll 16
-      for (int k = 0; k < n; ++k) x[k] = take<P>(from + (i + k) * d + j);
+      for (int k = 0; k < n; ++k) x[k] = take<P>(rows[i + k] + j);
+      if (flat != nullptr)
+#pragma GCC unroll 16
+        for (int k = 0; k < n; ++k) put<P>(flat + (i + k) * d + j, x[k]);
       turn<P>(x);
 #pragma GCC unroll 16
-      for (int k = 0; k < n; ++k) put<P>(to + (j + k) * kQueries + i, x[k]);
+      for (int k = 0; k < n; ++k) put<P>(turned + (j + k) * kQueries + i, x[k]);
     }
+}
+
+// The sum of each row's products with the other's.
+template <class P>
+COMPACT_INLINE void dots(const float* const* rows, const float* others, std::int64_t d,
+                         float* sums) {
+  constexpr std::int64_t n = P::kCount;
+  for (std::int64_t i = 0; i < kQueries; i += n) {
+    typename P::Vector x[n] = {};
+#pragma GCC unroll 16
+    for (int k = 0; k < n; ++k)
+      for (std::int64_t j = 0; j < d; j += n)
+        x[k] += take<P>(rows[i + k] + j) * take<P>(others + (i + k) * d + j);
+    turn<P>(x);
+#pragma GCC unroll 4
+    for (int half = n / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+      for (int k = 0; k < half; ++k) x[k] += x[k + half];
+    put<P>(sums + i, x[0]);
+  }
 }
 
 // x where the lane sees the key, else `other`.
