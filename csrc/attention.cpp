@@ -105,6 +105,19 @@ void product(const Ways& ways, const Factor& a, const float* b, std::ptrdiff_t n
   }
 }
 
+constexpr std::int64_t kChain = 64;  // terms of one sum; sums of longer rows are made of several
+
+// Scores [m, kQueries] of rows of d, keys or values, by turned queries.
+void scores_of(const Ways& ways, const Factor& rows, const float* turned, std::int64_t m,
+               std::int64_t lanes, std::int64_t d, float* scores) {
+  const std::int64_t chains = parts_of(d, kChain);
+  for (std::int64_t i = 0; i < chains; ++i) {
+    const std::int64_t begin = d * i / chains, end = d * (i + 1) / chains;
+    product(ways, {rows.data + begin, rows.row, 1}, turned + begin * kQueries, kQueries, m, lanes,
+            end - begin, scores, kQueries, i > 0);
+  }
+}
+
 // ---- blocks ------------------------------------------------------------------------------------
 
 constexpr std::int64_t kSpan = 256;  // keys whose values are added up before they join the rest
@@ -169,9 +182,9 @@ class Block {
     run(root, end_, root, segment_.own_begin);
   }
 
-  // A token's keys or values.
-  const float* of(const Heads& x, std::int64_t token) const {
-    return x.data + token * x.stride + kv_ * a_.d;
+  // Keys or values from a token on.
+  Factor of(const Heads& x, std::int64_t token) const {
+    return {x.data + token * x.stride + kv_ * a_.d, x.stride, 1};
   }
 
  private:
@@ -219,14 +232,13 @@ struct Forward {
     b.find(a.query, queries);
     ways.turn(queries, d, nullptr, turned);
     b.each_piece(kSpan, [&](std::int64_t at, std::int64_t to, std::int64_t token) {
-      product(ways, {b.of(a.key, token), a.key.stride, 1}, turned, kQueries, to - at, b.lanes(), d,
-              of(at), kQueries, false);
+      scores_of(ways, b.of(a.key, token), turned, to - at, b.lanes(), d, of(at));
     });
     std::fill(of(b.end()), of(end), 0.0f);
     float peaks[kQueries], totals[kQueries];
     ways.weights(scores, begin, end, b.lanes(), b.sight(), a.scale, peaks, totals);
     b.each_piece(kSpan, [&](std::int64_t at, std::int64_t to, std::int64_t token) {
-      product(ways, {of(at), 1, kQueries}, b.of(a.value, token), a.value.stride, b.rows(), d,
+      product(ways, {of(at), 1, kQueries}, b.of(a.value, token).data, a.value.stride, b.rows(), d,
               to - at, rows, d, at > begin);
     });
     for (std::int64_t i = 0; i < b.rows(); ++i) {
@@ -339,10 +351,9 @@ struct Backward {
       totals[i] = i < b.rows() ? logsumexp[b.head(i) * n + b.token(i)] : 0.0f;
     b.each_piece(kKeys, [&](std::int64_t at, std::int64_t end, std::int64_t token) {
       const std::int64_t keys = end - at, queries = b.rows(), lanes = b.lanes();
-      const Factor key{b.of(a.key, token), a.key.stride, 1};
-      const Factor value{b.of(a.value, token), a.value.stride, 1};
-      product(ways, key, turned_query, kQueries, keys, lanes, d, scores, kQueries, false);
-      product(ways, value, turned_grads, kQueries, keys, lanes, d, g_scores, kQueries, false);
+      const Factor key = b.of(a.key, token);
+      scores_of(ways, key, turned_query, keys, lanes, d, scores);
+      scores_of(ways, b.of(a.value, token), turned_grads, keys, lanes, d, g_scores);
       ways.weights_back(scores, g_scores, at, end, lanes, b.sight(), a.scale, totals, along);
       float* sum = to + (at < root ? at : at + shift) * 2 * d;
       product(ways, {g_scores, kQueries, 1}, query, d, keys, d, queries, sum, 2 * d, add);
