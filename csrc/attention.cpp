@@ -105,7 +105,7 @@ void product(const Ways& ways, const Factor& a, const float* b, std::ptrdiff_t n
   }
 }
 
-constexpr std::int64_t kChain = 64;  // terms of one sum; sums of longer rows are made of several
+constexpr std::int64_t kChain = 32;  // terms of one sum; sums of longer rows are made of several
 
 // Scores [m, kQueries] of rows of d, keys or values, by turned queries.
 void scores_of(const Ways& ways, const Factor& rows, const float* turned, std::int64_t m,
