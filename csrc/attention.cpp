@@ -304,8 +304,7 @@ struct Backward {
   const Attention& a;
   const Ways& ways;
   std::int64_t n;
-  const Heads& grad;
-  const float *out, *logsumexp;
+  const float *grad, *out, *logsumexp;
   float *g_query, *g_key, *g_value, *room;
   std::vector<Unit> units;
 
@@ -342,7 +341,7 @@ struct Backward {
     const float* rows[kQueries];
     b.find(a.query, rows);
     ways.turn(rows, d, query, turned_query);
-    b.find(grad, rows);
+    b.find({grad, a.heads * d}, rows);
     ways.turn(rows, d, grads, turned_grads);
     alignas(64) float along[kQueries], totals[kQueries];
     b.find({out, a.heads * d}, rows);
@@ -416,7 +415,7 @@ std::int64_t attend_back_room(const Attention& a) {
   return units.empty() ? 0 : (units.back().before + units.back().rows()) * a.kv_heads * 2 * a.d;
 }
 
-void attend_back(const Attention& a, std::int64_t n, const Heads& grad, const float* out,
+void attend_back(const Attention& a, std::int64_t n, const float* grad, const float* out,
                  const float* logsumexp, float* g_query, float* g_key, float* g_value, float* room) {
   const Backward backward{a,       widest(), n,       grad, out,        logsumexp,
                           g_query, g_key,    g_value, room, units_of(a)};

@@ -41,8 +41,8 @@ void attend(const Attention& a, std::int64_t n, float* out, float* logsumexp);
 // So many floats `attend_back` needs to sum up gradients of keys and values.
 std::int64_t attend_back_room(const Attention& a);
 
-// The gradients by queries, keys and values, [N, (kv_)heads, d], by that of out.
-void attend_back(const Attention& a, std::int64_t n, const Heads& grad, const float* out,
+// The gradients by queries, keys and values, [N, (kv_)heads, d], by `grad`, that of out.
+void attend_back(const Attention& a, std::int64_t n, const float* grad, const float* out,
                  const float* logsumexp, float* g_query, float* g_key, float* g_value, float* room);
 
 }  // namespace compact

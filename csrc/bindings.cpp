@@ -472,13 +472,12 @@ void attend_at(const Attention& a, std::int64_t n, std::uintptr_t out, std::uint
   attend(a, n, floats_at(out), floats_at(logsumexp));
 }
 
-void attend_back_at(const Attention& a, std::int64_t n, std::uintptr_t grad,
-                    std::ptrdiff_t grad_stride, std::uintptr_t out, std::uintptr_t logsumexp,
-                    std::uintptr_t g_query, std::uintptr_t g_key, std::uintptr_t g_value,
-                    std::uintptr_t room) {
+void attend_back_at(const Attention& a, std::int64_t n, std::uintptr_t grad, std::uintptr_t out,
+                    std::uintptr_t logsumexp, std::uintptr_t g_query, std::uintptr_t g_key,
+                    std::uintptr_t g_value, std::uintptr_t room) {
   py::gil_scoped_release release;
-  attend_back(a, n, {floats_at(grad), grad_stride}, floats_at(out), floats_at(logsumexp),
-              floats_at(g_query), floats_at(g_key), floats_at(g_value), floats_at(room));
+  attend_back(a, n, floats_at(grad), floats_at(out), floats_at(logsumexp), floats_at(g_query),
+              floats_at(g_key), floats_at(g_value), floats_at(room));
 }
 #endif
 

@@ -149,32 +149,51 @@ def attend(
     return cast(Tensor, _Attention.apply(query, key, value, tuple(trees), window, scale))  # type: ignore[no-untyped-call]
 
 
-@lru_cache(maxsize=16)  # every layer of a student asks for the same ones
-def _places(trees: tuple[Tree, ...]) -> tuple[Tensor, int]:
-    """(the segments, [S, 4] begin and end of roots and own tokens; what one sees at most)."""
-    found = list(segments(trees))
-    rows = [[s.root.start, s.root.stop, s.own.start, s.own.stop] for s in found]
-    return torch.tensor(rows, dtype=torch.int64), max((s.sees for s in found), default=0)
+@dataclass(frozen=True)
+class _Places:
+    """Segments as the native module takes them."""
+
+    table: Tensor  # [S, 4]: begin and end of the root and of the own tokens
+    tokens: int
+    sees: int  # a token, at most
+
+    @staticmethod
+    @lru_cache(maxsize=16)  # every layer of a student asks for the same ones
+    def of(trees: tuple[Tree, ...]) -> _Places:
+        found = list(segments(trees))
+        rows = [(s.root.start, s.root.stop, s.own.start, s.own.stop) for s in found]
+        table = torch.tensor(rows, dtype=torch.int64)
+        return _Places(table, sum(map(sum, trees)), max((s.sees for s in found), default=0))
 
 
 def _native() -> ModuleType | None:
     return native_with("attend", "attention on a CPU takes twice as long")
 
 
-def _native_for(trees: tuple[Tree, ...], query: Tensor, *others: Tensor) -> ModuleType | None:
-    """The native module, if it takes them, each [1, heads, N, d]."""
+def _native_for(
+    query: Tensor, key: Tensor, value: Tensor, trees: tuple[Tree, ...]
+) -> ModuleType | None:
+    """The native module, if it takes them."""
     native = _native()
-    if native is None or not all(map(_fits, (query, *others))):
+    if native is None or not all(map(_fits, (query, key, value))):
         return None
-    d, sees = query.shape[-1], _places(trees)[1]
-    fit = d % 16 == 0 and d <= native.most_width and sees <= native.most_seen
+    _, heads, N, d = query.shape
+    places = _Places.of(trees)
+    fit = (
+        d % 16 == 0
+        and d <= native.most_width
+        and heads % key.shape[1] == 0
+        and key.shape == value.shape == (1, key.shape[1], N, d)
+        and places.tokens == N
+        and places.sees <= native.most_seen
+    )
     return native if fit else None
 
 
 def _fits(x: Tensor) -> bool:
     """Whether it is of float32, and heads of a token lie together."""
-    d = x.shape[-1]
-    return x.dtype == torch.float32 and x.stride(3) == 1 and x.stride(1) == d
+    together = x.stride(3) == 1 and (x.stride(1) == x.shape[3] or x.shape[1] == 1)
+    return together and x.dtype == torch.float32
 
 
 def _call(
@@ -189,11 +208,15 @@ def _call(
     """What the native module knows of a call."""
     _, heads, _, d = query.shape
     at = (n for x in (query, key, value) for n in (x.data_ptr(), x.stride(2)))
-    rows = _places(trees)[0]
+    table = _Places.of(trees).table
     return native.Attention(
-        *at, rows.data_ptr(), len(rows), heads, key.shape[1], d, window or 0,
+        *at, table.data_ptr(), len(table), heads, key.shape[1], d, window or 0,
         d**-0.5 if scale is None else scale, torch.get_num_threads(),
     )  # fmt: skip
+
+
+def _result(shape: tuple[int, ...], like: Tensor, lasts: bool) -> Tensor:
+    return lasting(shape, like) if lasts else like.new_empty(shape)
 
 
 def _zeros_like(x: Tensor) -> Tensor:  # [1, heads, N, d], where heads of a token are neighbours
@@ -218,14 +241,13 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         rows = any(ctx.needs_input_grad)
         _, heads, N, d = query.shape
-        shape = (1, N, heads, d)
-        out = lasting(shape, query) if rows else query.new_empty(shape)
+        out = _result((1, N, heads, d), query, rows)
         how = trees, window, scale
-        native = _native_for(trees, query, key, value)
+        native = _native_for(query, key, value, trees)
         if native is None:
             logsumexp = _by_torch(query, key, value, out, *how)
         else:
-            logsumexp = query.new_empty((1, heads, N))
+            logsumexp = _result((1, heads, N), query, rows)
             call = _call(native, query, key, value, *how)
             native.attend(call, N, out.data_ptr(), logsumexp.data_ptr())
         if rows:
@@ -237,18 +259,18 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, logsumexp = ctx.saved_tensors
-        grad, query, key, value, out = (t.transpose(1, 2) for t in (grad, query, key, value, out))
-        native = _native_for(ctx.how[0], query, key, value, out, grad)
+        *kept, out, logsumexp = ctx.saved_tensors
+        query, key, value = (t.transpose(1, 2) for t in kept)
+        native = _native_for(query, key, value, ctx.how[0])
         if native is None:
-            return *_back_by_torch(grad, query, key, value, out, logsumexp, *ctx.how), None, None, None
+            found = _back_by_torch(grad, query, key, value, out, logsumexp, *ctx.how)
+            return *found, None, None, None
         call = _call(native, query, key, value, *ctx.how)
+        given = [t.contiguous() for t in (grad, out, logsumexp)]
         made = [_empty_like(t) for t in (query, key, value)]
         room = passing((native.attend_back_room(call),), query)
-        native.attend_back(
-            call, query.shape[2], grad.data_ptr(), grad.stride(2),
-            *(t.data_ptr() for t in (out, logsumexp, *made, room)),
-        )  # fmt: skip
+        places = (t.data_ptr() for t in (*given, *made, room))
+        native.attend_back(call, query.shape[2], *places)
         return *(t.transpose(1, 2) for t in made), None, None, None
 
 
@@ -285,7 +307,8 @@ def _back_by_torch(
     window: int | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by query, key and value."""
+    """The gradients by query, key and value, by that of out."""
+    grad, out = grad.transpose(1, 2), out.transpose(1, 2)
     g_query, g_key, g_value = (_zeros_like(t) for t in (query, key, value))
     for s in segments(trees):
         how = s.added_mask(window, query)

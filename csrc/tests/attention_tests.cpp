@@ -42,7 +42,7 @@ struct Case {
   std::int64_t n, heads, kv_heads, d, window;
   float scale;
   Floats query, key, value, grad;
-  std::int64_t query_stride, key_stride, value_stride, grad_stride;
+  std::int64_t query_stride, key_stride, value_stride;
 
   Case(Random& random, std::int64_t longest) : segments(trees(random, longest)) {
     n = segments.back().own_end;
@@ -55,7 +55,7 @@ struct Case {
     query = heads_of(random, heads, spread, query_stride);
     key = heads_of(random, kv_heads, spread, key_stride);
     value = heads_of(random, kv_heads, 1.0f, value_stride);
-    grad = heads_of(random, heads, 1.0f, grad_stride);
+    grad = normals(random, n * heads * d, 1.0f);
   }
 
   Floats heads_of(Random& random, std::int64_t count, float spread, std::int64_t& stride) const {
@@ -81,8 +81,8 @@ struct Result {
     const Attention call = c.call();
     attend(call, c.n, out.data(), logsumexp.data());
     Floats room(at(attend_back_room(call)), nan);
-    attend_back(call, c.n, {c.grad.data(), c.grad_stride}, out.data(), logsumexp.data(),
-                g_query.data(), g_key.data(), g_value.data(), room.data());
+    attend_back(call, c.n, c.grad.data(), out.data(), logsumexp.data(), g_query.data(),
+                g_key.data(), g_value.data(), room.data());
   }
 
   bool operator==(const Result& o) const {
@@ -122,7 +122,6 @@ struct Exact {
       return sum;
     };
     const std::int64_t query = token * c.query_stride + h * c.d;
-    const std::int64_t grad = token * c.grad_stride + h * c.d;
     Doubles weight;
     double total = 0.0, along = 0.0;
     for (std::int64_t k : seen) {
@@ -134,7 +133,7 @@ struct Exact {
     Doubles by;
     for (std::size_t i = 0; i < seen.size(); ++i) {
       weight[i] = std::exp(weight[i]) / total;
-      by.push_back(dot(c.grad, grad, c.value, seen[i] * c.value_stride + kv * c.d));
+      by.push_back(dot(c.grad, q, c.value, seen[i] * c.value_stride + kv * c.d));
       along += weight[i] * by[i];
     }
     for (std::size_t i = 0; i < seen.size(); ++i) {
@@ -144,7 +143,7 @@ struct Exact {
       for (std::int64_t t = 0; t < c.d; ++t) {
         const double v = c.value[at(seen[i] * c.value_stride + kv * c.d + t)];
         const double x = c.key[at(seen[i] * c.key_stride + kv * c.d + t)];
-        const double y = c.query[at(query + t)], z = c.grad[at(grad + t)];
+        const double y = c.query[at(query + t)], z = c.grad[at(q + t)];
         term(out, out_size, q + t, weight[i] * v, weight[i] * std::abs(v));
         term(g_query, g_query_size, q + t, g * x, size * std::abs(x));
         term(g_key, g_key_size, k + t, g * y, size * std::abs(y));
