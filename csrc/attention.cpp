@@ -131,11 +131,10 @@ class Block {
  public:
   Block(const Attention& a, const Segment& s, std::int64_t kv, std::int64_t first,
         std::int64_t rows)
-      : a_(a), segment_(s), kv_(kv), rows_(rows) {
-    const std::int64_t group = a.heads / a.kv_heads;
+      : a_(a), segment_(s), group_(a.heads / a.kv_heads), kv_(kv), first_(first), rows_(rows) {
     for (std::int64_t i = 0; i < kQueries; ++i) {
       const std::int64_t row = first + std::min(i, rows - 1);
-      own_[i] = row / group, head_[i] = kv * group + row % group;
+      own_[i] = row / group_, head_[i] = kv * group_ + row % group_;
     }
     const std::int64_t root = root_of(s);
     sight_.all_begin = 0, sight_.all_end = kMostSeen;
@@ -165,6 +164,16 @@ class Block {
       rows[i] = i < rows_ ? x.data + token(i) * x.stride + head(i) * a_.d : kNone;
   }
 
+  // Memory that is wanted soon: the rows of queries, or of what is shaped like them, `shift` behind.
+  void fetch(const Heads& x, std::int64_t shift) const {
+    const std::int64_t own = segment_.own_end - segment_.own_begin, width = group_ * a_.d;
+    const std::int64_t begin = std::max<std::int64_t>(0, (first_ + shift) / group_);
+    const std::int64_t end = std::min(own, parts_of(first_ + shift + kQueries, group_));
+    for (std::int64_t token = segment_.own_begin + begin; token < segment_.own_begin + end; ++token)
+      for (std::int64_t j = 0; j < width; j += kLine)
+        __builtin_prefetch(x.data + token * x.stride + kv_ * width + j, 0, 2);
+  }
+
   // f(begin, end, first token) of the keys, at most `size` at a time, which are parted at the same
   // places for every block.
   template <class F>
@@ -190,7 +199,7 @@ class Block {
  private:
   const Attention& a_;
   const Segment segment_;
-  const std::int64_t kv_, rows_;
+  const std::int64_t group_, kv_, first_, rows_;
   std::int64_t begin_, end_, own_[kQueries], head_[kQueries];
   Sight sight_;
 };
@@ -230,6 +239,8 @@ struct Forward {
     const auto of = [&](std::int64_t key) { return scores + (key - begin) * kQueries; };
     const float* queries[kQueries];
     b.find(a.query, queries);
+    b.fetch({out, a.heads * d}, 0);
+    b.fetch(a.query, kQueries);
     ways.turn(queries, d, nullptr, turned);
     b.each_piece(kSpan, [&](std::int64_t at, std::int64_t to, std::int64_t token) {
       scores_of(ways, b.of(a.key, token), turned, to - at, b.lanes(), d, of(at));
@@ -348,6 +359,9 @@ struct Backward {
     ways.dots(rows, grads, d, along);
     for (std::int64_t i = 0; i < kQueries; ++i)
       totals[i] = i < b.rows() ? logsumexp[b.head(i) * n + b.token(i)] : 0.0f;
+    b.fetch({g_query, a.heads * d}, 0);
+    for (const Heads& x : {a.query, Heads{grad, a.heads * d}, Heads{out, a.heads * d}})
+      b.fetch(x, -kQueries);
     b.each_piece(kKeys, [&](std::int64_t at, std::int64_t end, std::int64_t token) {
       const std::int64_t keys = end - at, queries = b.rows(), lanes = b.lanes();
       const Factor key = b.of(a.key, token);
