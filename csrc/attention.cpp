@@ -132,18 +132,18 @@ class Block {
   Block(const Attention& a, const Segment& s, std::int64_t kv, std::int64_t first,
         std::int64_t rows)
       : a_(a), segment_(s), group_(a.heads / a.kv_heads), kv_(kv), first_(first), rows_(rows) {
-    for (std::int64_t i = 0; i < kQueries; ++i) {
-      const std::int64_t row = first + std::min(i, rows - 1);
-      own_[i] = row / group_, head_[i] = kv * group_ + row % group_;
-    }
     const std::int64_t root = root_of(s);
+    std::int64_t own = first / group_, head = first % group_;
     sight_.all_begin = 0, sight_.all_end = kMostSeen;
     for (std::int64_t i = 0; i < kQueries; ++i) {
-      const std::int64_t last = root + own_[i];
+      const std::int64_t last = root + own;
       const std::int64_t begin = a.window > 0 ? std::max<std::int64_t>(0, last + 1 - a.window) : 0;
+      own_[i] = own, head_[i] = kv * group_ + head;
       sight_.first[i] = static_cast<float>(begin), sight_.last[i] = static_cast<float>(last);
       sight_.all_begin = std::max(sight_.all_begin, begin);
       sight_.all_end = std::min(sight_.all_end, last + 1);
+      if (i + 1 >= rows) continue;  // lanes without a query see what the last one sees
+      if (++head == group_) head = 0, ++own;
     }
     begin_ = static_cast<std::int64_t>(sight_.first[0]) / kSums * kSums;
     end_ = root + own_[rows - 1] + 1;
