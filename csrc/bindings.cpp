@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "attention.h"
 #include "consensus.h"
 #include "dropout.h"
 #include "layers.h"
@@ -453,6 +454,37 @@ void rotate_heads(std::uintptr_t x, std::uintptr_t cos, std::uintptr_t sin, std:
   py::gil_scoped_release release;
   rotate(floats_at(x), floats_at(cos), floats_at(sin), floats_at(out), n, heads, d, back, threads);
 }
+
+Attention attention_at(std::uintptr_t query, std::ptrdiff_t query_stride, std::uintptr_t key,
+                       std::ptrdiff_t key_stride, std::uintptr_t value,
+                       std::ptrdiff_t value_stride, std::uintptr_t segments, std::int64_t count,
+                       std::int64_t heads, std::int64_t kv_heads, std::int64_t d,
+                       std::int64_t window, float scale, int threads) {
+  return {{floats_at(query), query_stride},
+          {floats_at(key), key_stride},
+          {floats_at(value), value_stride},
+          reinterpret_cast<const Segment*>(segments),
+          count,
+          heads,
+          kv_heads,
+          d,
+          window,
+          scale,
+          threads};
+}
+
+void attend_at(const Attention& a, std::int64_t n, std::uintptr_t out, std::uintptr_t logsumexp) {
+  py::gil_scoped_release release;
+  attend(a, n, floats_at(out), floats_at(logsumexp));
+}
+
+void attend_back_at(const Attention& a, std::int64_t n, std::uintptr_t grad, std::uintptr_t out,
+                    std::uintptr_t logsumexp, std::uintptr_t g_query, std::uintptr_t g_key,
+                    std::uintptr_t g_value, std::uintptr_t room) {
+  py::gil_scoped_release release;
+  attend_back(a, n, floats_at(grad), floats_at(out), floats_at(logsumexp), floats_at(g_query),
+              floats_at(g_key), floats_at(g_value), floats_at(room));
+}
 #endif
 
 }  // namespace
@@ -486,5 +518,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("norm_again", &norm_rows_again);
   m.def("norm_back", &norm_gradient);
   m.def("rotate", &rotate_heads);
+  py::class_<Attention>(m, "Attention").def(py::init(&attention_at));
+  m.def("attend", &attend_at);
+  m.def("attend_back", &attend_back_at);
+  m.def("attend_back_room", &attend_back_room);
+  m.attr("most_seen") = kMostSeen;
+  m.attr("most_width") = kMostWidth;
 #endif
 }

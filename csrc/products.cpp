@@ -4,10 +4,8 @@
 
 #if COMPACT_VECTORS && COMPACT_X86
 
-#include <cstdlib>
-#include <new>
-
 #include "host_threads.h"
+#include "room.h"
 #include "tiles.h"
 
 namespace compact {
@@ -19,28 +17,6 @@ constexpr std::int64_t kHeld = 160 * 1024;  // entries that wait packed, in the 
 constexpr std::int64_t kFew = 6;             // panels, for which packing a strip of b does not pay
 constexpr std::int64_t kPackedTogether = 3;  // panels packed at a time, where strips wait
 constexpr std::int64_t kSame = 256;  // rows so many floats apart share a quarter of the first cache
-
-// Memory of a thread, kept from call to call: fresh memory costs more than filling it.
-class Room {
- public:
-  float* of(std::int64_t size) {
-    if (size > size_) {
-      std::free(data_);
-      data_ = nullptr;
-      size_ = 0;
-      const auto bytes = static_cast<std::size_t>(parts_of(size, kLine) * kLine) * sizeof(float);
-      data_ = static_cast<float*>(std::aligned_alloc(64, bytes));
-      if (data_ == nullptr) throw std::bad_alloc();
-      size_ = size;
-    }
-    return data_;
-  }
-  ~Room() { std::free(data_); }
-
- private:
-  float* data_ = nullptr;
-  std::int64_t size_ = 0;
-};
 
 struct Product {
   Factor a, b;

@@ -5,32 +5,22 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <utility>
 
 #include "lanes.h"
+#include "room.h"
 #include "simd.h"
+#include "turn.h"
 
 namespace compact {
-
-#if defined(__clang__) || __GNUC__ >= 12
-#define COMPACT_SHUFFLEVECTOR 1
-#else  // what older GCCs have, and clang has not
-#define COMPACT_SHUFFLEVECTOR 0
-#endif
 
 #define COMPACT_AVX512 __attribute__((target("avx512f")))
 
 constexpr std::int64_t kSteps = 8;  // terms between two fetches
-constexpr std::int64_t kLine = 16;  // floats of a cache line
 
 // Tiles of up to so many rows by two vectors: 28 of the 32 registers hold sums.
 constexpr int kRows = 14;
 constexpr std::int64_t kStrip = 2 * kLanes;
-
-constexpr std::int64_t parts_of(std::int64_t all, std::int64_t most) {
-  return (all + most - 1) / most;
-}
 
 // Memory that will be wanted soon, fetched line by line while tiles are at work.
 struct Ahead {
@@ -96,38 +86,16 @@ COMPACT_INLINE void tile(const float* a, std::ptrdiff_t across, std::ptrdiff_t a
     }
 }
 
-// The first halves of a and b entry by entry, or the second halves.
-template <int kFrom, std::size_t... I>
-COMPACT_INLINE Lanes zip(Lanes a, Lanes b, std::index_sequence<I...>) {
-#if COMPACT_SHUFFLEVECTOR
-  return __builtin_shufflevector(
-      a, b, (kFrom + static_cast<int>(I) / 2 + static_cast<int>(I) % 2 * static_cast<int>(kLanes))...);
-#else
-  return __builtin_shuffle(a, b, Bits{(kFrom + static_cast<int>(I) / 2 +
-                                       static_cast<int>(I) % 2 * static_cast<int>(kLanes))...});
-#endif
-}
-
 // A strip of b from its columns, `apart`, each of which lies together.
 COMPACT_AVX512 inline void pack_columns(const float* from, std::ptrdiff_t apart, std::int64_t k,
                                         float* to) {
-  using Order = std::make_index_sequence<static_cast<std::size_t>(kLanes)>;
   for (std::int64_t half = 0; half < kStrip; half += kLanes) {
     std::int64_t t = 0;
     for (; t + kLanes <= k; t += kLanes) {
-      Lanes x[kLanes], y[kLanes];
+      Lanes x[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) x[i] = load(from + (half + i) * apart + t);
-#pragma GCC unroll 4
-      for (std::int64_t stage = 1; stage < kLanes; stage *= 2) {
-#pragma GCC unroll 8
-        for (int i = 0; i < kLanes / 2; ++i) {
-          y[2 * i] = zip<0>(x[i], x[i + kLanes / 2], Order{});
-          y[2 * i + 1] = zip<kLanes / 2>(x[i], x[i + kLanes / 2], Order{});
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) x[i] = y[i];
-      }
+      turn<Part<sizeof(Lanes)>>(x);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(to + (t + i) * kStrip + half, x[i]);
     }

@@ -75,4 +75,5 @@ def test_core(name: str, tmp_path: Path) -> None:
         pytest.skip("compiled; qemu-aarch64, which would run it, is not installed")
     share = "1000" if emulator else "4000"
     run([*emulator, str(build / "core_tests"), share, share], tmp_path)  # type: ignore[list-item]
+    run([*emulator, str(build / "attention_tests"), "60"], tmp_path)  # type: ignore[list-item]
     run([*emulator, str(build / "core_fuzz"), "5000"], tmp_path)  # type: ignore[list-item]

@@ -1,5 +1,8 @@
 """Attention by segments on a CPU, one step of autograd for a whole row.
 
+The native module takes a row in one call each way (csrc/attention.h); what it does not take,
+torch's operator does, segment by segment.
+
 torch's attention keeps queries, keys and values of every call: with grouped heads the keys
 repeated for each head, and with a shared prompt its keys again for each rationale. Here the row's
 own are kept once, and each call's are put together again in the backward pass.
@@ -9,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -16,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from compact_fast.lean.kept import keep, lasting, passing
+from compact_fast.native import native_with
 
 Tree = tuple[int, ...]
 """Lengths: of a prompt, then of each rationale behind it. A plain sequence is a tree of one."""
@@ -143,9 +149,83 @@ def attend(
     return cast(Tensor, _Attention.apply(query, key, value, tuple(trees), window, scale))  # type: ignore[no-untyped-call]
 
 
+@dataclass(frozen=True)
+class _Places:
+    """Segments as the native module takes them."""
+
+    table: Tensor  # [S, 4]: begin and end of the root and of the own tokens
+    tokens: int
+    sees: int  # a token, at most
+
+    @staticmethod
+    @lru_cache(maxsize=16)  # every layer of a student asks for the same ones
+    def of(trees: tuple[Tree, ...]) -> _Places:
+        found = list(segments(trees))
+        rows = [(s.root.start, s.root.stop, s.own.start, s.own.stop) for s in found]
+        table = torch.tensor(rows, dtype=torch.int64)
+        return _Places(table, sum(map(sum, trees)), max((s.sees for s in found), default=0))
+
+
+def _native() -> ModuleType | None:
+    return native_with("attend", "attention on a CPU takes twice as long")
+
+
+def _native_for(
+    query: Tensor, key: Tensor, value: Tensor, trees: tuple[Tree, ...]
+) -> ModuleType | None:
+    """The native module, if it takes them."""
+    native = _native()
+    if native is None or not all(map(_fits, (query, key, value))):
+        return None
+    _, heads, N, d = query.shape
+    places = _Places.of(trees)
+    fit = (
+        d % 16 == 0
+        and d <= native.most_width
+        and heads % key.shape[1] == 0
+        and key.shape == value.shape == (1, key.shape[1], N, d)
+        and places.tokens == N
+        and places.sees <= native.most_seen
+    )
+    return native if fit else None
+
+
+def _fits(x: Tensor) -> bool:
+    """Whether it is of float32, and heads of a token lie together."""
+    together = x.stride(3) == 1 and (x.stride(1) == x.shape[3] or x.shape[1] == 1)
+    return together and x.dtype == torch.float32
+
+
+def _call(
+    native: ModuleType,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    trees: tuple[Tree, ...],
+    window: int | None,
+    scale: float | None,
+) -> Any:
+    """What the native module knows of a call."""
+    _, heads, _, d = query.shape
+    at = (n for x in (query, key, value) for n in (x.data_ptr(), x.stride(2)))
+    table = _Places.of(trees).table
+    return native.Attention(
+        *at, table.data_ptr(), len(table), heads, key.shape[1], d, window or 0,
+        d**-0.5 if scale is None else scale, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _result(shape: tuple[int, ...], like: Tensor, lasts: bool) -> Tensor:
+    return lasting(shape, like) if lasts else like.new_empty(shape)
+
+
 def _zeros_like(x: Tensor) -> Tensor:  # [1, heads, N, d], where heads of a token are neighbours
+    return _empty_like(x).zero_().transpose(1, 2)
+
+
+def _empty_like(x: Tensor) -> Tensor:  # [1, heads, N, d] -> [1, N, heads, d]
     _, heads, N, d = x.shape
-    return passing((1, N, heads, d), x).zero_().transpose(1, 2)
+    return passing((1, N, heads, d), x)
 
 
 class _Attention(torch.autograd.Function):
@@ -161,37 +241,83 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         rows = any(ctx.needs_input_grad)
         _, heads, N, d = query.shape
-        shape = (1, N, heads, d)
-        out = lasting(shape, query) if rows else query.new_empty(shape)
-        sums = []
-        for s in segments(trees):
-            how = s.added_mask(window, query)
-            found, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query[:, :, s.own], s.of(key), s.of(value), 0.0, how is None,
-                attn_mask=how, scale=scale,
-            )  # fmt: skip
-            out[:, s.own] = found.transpose(1, 2)
-            sums.append(logsumexp)
+        out = _result((1, N, heads, d), query, rows)
+        how = trees, window, scale
+        native = _native_for(query, key, value, trees)
+        if native is None:
+            logsumexp = _by_torch(query, key, value, out, *how)
+        else:
+            logsumexp = _result((1, heads, N), query, rows)
+            call = _call(native, query, key, value, *how)
+            native.attend(call, N, out.data_ptr(), logsumexp.data_ptr())
         if rows:
             kept = (keep(x.transpose(1, 2)) for x in (query, key, value))
-            ctx.save_for_backward(*kept, out, keep(torch.cat(sums, 2)))
-            ctx.trees, ctx.window, ctx.scale = trees, window, scale
+            ctx.save_for_backward(*kept, out, keep(logsumexp))
+            ctx.how = how
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, logsumexp = ctx.saved_tensors
-        grad, query, key, value, out = (t.transpose(1, 2) for t in (grad, query, key, value, out))
-        g_query, g_key, g_value = (_zeros_like(t) for t in (query, key, value))
-        for s in segments(ctx.trees):
-            how = s.added_mask(ctx.window, query)
-            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad[:, :, s.own], query[:, :, s.own], s.of(key), s.of(value),
-                out[:, :, s.own], logsumexp[:, :, s.own].contiguous(), 0.0, how is None,
-                attn_mask=how, scale=ctx.scale,
-            )  # fmt: skip
-            g_query[:, :, s.own] = found[0]
-            s.add(g_key, found[1])
-            s.add(g_value, found[2])
-        return g_query, g_key, g_value, None, None, None
+        *kept, out, logsumexp = ctx.saved_tensors
+        query, key, value = (t.transpose(1, 2) for t in kept)
+        native = _native_for(query, key, value, ctx.how[0])
+        if native is None:
+            found = _back_by_torch(grad, query, key, value, out, logsumexp, *ctx.how)
+            return *found, None, None, None
+        call = _call(native, query, key, value, *ctx.how)
+        given = [t.contiguous() for t in (grad, out, logsumexp)]
+        made = [_empty_like(t) for t in (query, key, value)]
+        room = passing((native.attend_back_room(call),), query)
+        places = (t.data_ptr() for t in (*given, *made, room))
+        native.attend_back(call, query.shape[2], *places)
+        return *(t.transpose(1, 2) for t in made), None, None, None
+
+
+def _by_torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    trees: tuple[Tree, ...],
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    """Writes `out`; returns the logarithm of each sum of exponentials, [1, heads, N]."""
+    sums = []
+    for s in segments(trees):
+        how = s.added_mask(window, query)
+        found, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query[:, :, s.own], s.of(key), s.of(value), 0.0, how is None,
+            attn_mask=how, scale=scale,
+        )  # fmt: skip
+        out[:, s.own] = found.transpose(1, 2)
+        sums.append(logsumexp)
+    return torch.cat(sums, 2)
+
+
+def _back_by_torch(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    trees: tuple[Tree, ...],
+    window: int | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients by query, key and value, by that of out."""
+    grad, out = grad.transpose(1, 2), out.transpose(1, 2)
+    g_query, g_key, g_value = (_zeros_like(t) for t in (query, key, value))
+    for s in segments(trees):
+        how = s.added_mask(window, query)
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad[:, :, s.own], query[:, :, s.own], s.of(key), s.of(value),
+            out[:, :, s.own], logsumexp[:, :, s.own].contiguous(), 0.0, how is None,
+            attn_mask=how, scale=scale,
+        )  # fmt: skip
+        g_query[:, :, s.own] = found[0]
+        s.add(g_key, found[1])
+        s.add(g_value, found[2])
+    return g_query, g_key, g_value

@@ -69,9 +69,10 @@ def check(name: str, folder: Path, inputs: int, tests: list[str]) -> None:
         folder,
     )  # fmt: skip
     run([cmake, "--build", str(folder)], folder)
-    run(
-        [str(folder / "core_tests")], folder, **{**PYTHON_OPTIONS, "ASAN_OPTIONS": "detect_leaks=1"}
-    )
+    for tests_of in ("core_tests", "attention_tests"):
+        run(
+            [str(folder / tests_of)], folder, **{**PYTHON_OPTIONS, "ASAN_OPTIONS": "detect_leaks=1"}
+        )
     if name != "thread":  # fuzzing has one
         run([str(folder / "core_fuzz"), str(inputs)], folder, **PYTHON_OPTIONS)
 
