@@ -173,9 +173,9 @@ def _native() -> ModuleType | None:
 def _native_for(
     query: Tensor, key: Tensor, value: Tensor, trees: tuple[Tree, ...]
 ) -> ModuleType | None:
-    """The native module, if it takes them."""
+    """The native module, if it takes them; heads of a token lie together."""
     native = _native()
-    if native is None or not all(map(_fits, (query, key, value))):
+    if native is None or {x.dtype for x in (query, key, value)} != {torch.float32}:
         return None
     _, heads, N, d = query.shape
     places = _Places.of(trees)
@@ -190,10 +190,10 @@ def _native_for(
     return native if fit else None
 
 
-def _fits(x: Tensor) -> bool:
-    """Whether it is of float32, and heads of a token lie together."""
-    together = x.stride(3) == 1 and (x.stride(1) == x.shape[3] or x.shape[1] == 1)
-    return together and x.dtype == torch.float32
+def _together(x: Tensor) -> Tensor:  # [1, N, heads, d]
+    """The same, where heads of a token lie together."""
+    fits = x.stride(3) == 1 and (x.stride(2) == x.shape[3] or x.shape[2] == 1)
+    return x if fits else x.contiguous()
 
 
 def _call(
@@ -240,6 +240,10 @@ class _Attention(torch.autograd.Function):
         scale: float | None,
     ) -> Tensor:
         rows = any(ctx.needs_input_grad)
+        given = [x.transpose(1, 2) for x in (query, key, value)]
+        if rows:
+            given = [keep(x) for x in given]
+        query, key, value = (_together(x).transpose(1, 2) for x in given)
         _, heads, N, d = query.shape
         out = _result((1, N, heads, d), query, rows)
         how = trees, window, scale
@@ -251,8 +255,7 @@ class _Attention(torch.autograd.Function):
             call = _call(native, query, key, value, *how)
             native.attend(call, N, out.data_ptr(), logsumexp.data_ptr())
         if rows:
-            kept = (keep(x.transpose(1, 2)) for x in (query, key, value))
-            ctx.save_for_backward(*kept, out, keep(logsumexp))
+            ctx.save_for_backward(*given, out, keep(logsumexp))
             ctx.how = how
         return out
 
@@ -260,7 +263,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *kept, out, logsumexp = ctx.saved_tensors
-        query, key, value = (t.transpose(1, 2) for t in kept)
+        query, key, value = (_together(x).transpose(1, 2) for x in kept)
         native = _native_for(query, key, value, ctx.how[0])
         if native is None:
             found = _back_by_torch(grad, query, key, value, out, logsumexp, *ctx.how)

@@ -300,7 +300,7 @@ def test_what_else_is_in_the_row_changes_no_bit(window, threads):
 
 
 @needs_native
-def test_rows_may_lie_apart_and_gradients_anyhow():
+def test_rows_and_gradients_may_lie_anyhow():
     trees, N = ((20, 30), (9,)), 59
     whole = torch.randn(1, N, 8 + 4, 48)
     apart = [whole[:, :, a:b].transpose(1, 2) for a, b in [(0, 8), (8, 10), (10, 12)]]
@@ -308,6 +308,11 @@ def test_rows_may_lie_apart_and_gradients_anyhow():
     close = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in apart]
     x, y = ([t.requires_grad_() for t in ts] for ts in ([t.detach() for t in apart], close))
     assert all(map(torch.equal, run(x, trees), run(y, trees)))
+    heads = [t.detach().contiguous().requires_grad_() for t in apart]  # one behind another
+    assert all(map(torch.equal, run(heads, trees), run(y, trees)))
+    with torch.no_grad():
+        want = attend(*y, trees, None, None)
+        assert all(torch.equal(attend(*t, trees, None, None), want) for t in (x, heads))
     found = torch.autograd.grad(attend(*x, trees, None, None).sum(), x)
     one = torch.ones(1, N, 8, 48)
     want = torch.autograd.grad(attend(*x, trees, None, None), x, one)
@@ -342,7 +347,6 @@ def test_what_the_native_module_does_not_take():
     assert not taken(dtype=torch.float64)
     assert not any(taken(d=d) for d in (8, 24, 272))
     assert not taken(trees=((most, 1),), d=16)
-    assert not taken(change=lambda x: x.contiguous())  # heads of a token lie apart
     assert not taken(change=lambda x: x.expand(2, -1, -1, -1))
     assert not any(taken(count=((4, n),)) for n in (2, 4))  # not the row's
 
