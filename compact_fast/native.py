@@ -9,7 +9,7 @@ from types import ModuleType
 
 logger = logging.getLogger(__name__)
 
-ABI = 8  # of csrc/bindings.cpp
+ABI = 9  # of csrc/bindings.cpp
 
 
 @cache

@@ -24,7 +24,7 @@ using namespace compact;
 
 namespace {
 
-constexpr int kAbi = 8;
+constexpr int kAbi = 9;
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
@@ -395,23 +395,18 @@ void pair_gradients(std::uintptr_t z, std::ptrdiff_t stride, std::int64_t width,
                        threads);
 }
 
-void dropout_draw(std::uint64_t seed, std::uint32_t most, std::uintptr_t bits, std::int64_t n) {
+void dropout_apply(std::uintptr_t x, int size, std::uint64_t seed, std::uint32_t most,
+                   std::uintptr_t out, std::int64_t n, int threads) {
   py::gil_scoped_release release;
-  draw_bits(seed, most, reinterpret_cast<std::uint8_t*>(bits), n);
+  drop(reinterpret_cast<const void*>(x), size, {seed, most}, reinterpret_cast<void*>(out), n,
+       threads);
 }
 
-void dropout_apply(std::uintptr_t x, int size, std::uintptr_t bits, std::uintptr_t out,
-                   std::int64_t n, int threads) {
+void dropout_add(std::uintptr_t x, std::uint64_t seed, std::uint32_t most, std::uintptr_t out,
+                 std::int64_t n, int threads) {
   py::gil_scoped_release release;
-  apply_bits(reinterpret_cast<const void*>(x), size, reinterpret_cast<const std::uint8_t*>(bits),
-             reinterpret_cast<void*>(out), n, threads);
-}
-
-void dropout_add(std::uintptr_t x, std::uintptr_t bits, std::uintptr_t out, std::int64_t n,
-                 int threads) {
-  py::gil_scoped_release release;
-  add_bits(reinterpret_cast<const float*>(x), reinterpret_cast<const std::uint8_t*>(bits),
-           reinterpret_cast<float*>(out), n, threads);
+  add_kept(reinterpret_cast<const float*>(x), {seed, most}, reinterpret_cast<float*>(out), n,
+           threads);
 }
 
 float* floats_at(std::uintptr_t address) { return reinterpret_cast<float*>(address); }
@@ -509,7 +504,6 @@ PYBIND11_MODULE(_native, m) {
   m.attr("most_compared") = kMostCompared;
   m.def("pair_divergences", &pair_divergences);
   m.def("pair_gradients", &pair_gradients);
-  m.def("dropout_draw", &dropout_draw);
   m.def("dropout_apply", &dropout_apply);
   m.def("dropout_add", &dropout_add);
   m.def("gated", &gate_rows);

@@ -1,6 +1,6 @@
 """Layers of a student that keep less for the backward pass, with the numbers they had.
 
-    LoRA layers   the input itself, or what it was made from, and a mask of a bit an entry
+    LoRA layers   the input itself, or what it was made from, and the seed of a mask
     gated MLPs    gate and up, not silu(gate) and the product
     RMS norms     their input
     linear layers what their input was made from

@@ -108,11 +108,11 @@ def output(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return (lasting if _OUTPUTS.last else passing)(shape, like)
 
 
-def lasting(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory for a tensor that will be kept; of another dtype than `like`'s."""
+def lasting(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Memory for a tensor that will be kept."""
     if like.device.type != "cpu":
-        return like.new_empty(shape, dtype=dtype)
-    return _LASTING.empty(shape, dtype or like.dtype)
+        return like.new_empty(shape)
+    return _LASTING.empty(shape, like.dtype)
 
 
 def settle(t: Tensor, *, recomputed: bool = False) -> Tensor:

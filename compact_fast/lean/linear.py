@@ -76,10 +76,10 @@ def _projection(layer: Any, x: Tensor, dtype: torch.dtype) -> Projection:
     name, base = layer.active_adapters[0], layer.base_layer
     dropping = layer.lora_dropout[name]
     share = 1.0 - dropping.p if dropping.training and isinstance(dropping, nn.Dropout) else 1.0
-    units = None
+    units, scale = None, layer.scaling[name]
     if share < 1.0:
-        units, share = dropout.draw(x, share, last=torch.is_grad_enabled())
-    scale = layer.scaling[name] / share if share > 0 else 0.0
+        units = dropout.draw(x, share)
+        scale = scale / units.share if units.share > 0 else 0.0
     w, a, b = base.weight, layer.lora_A[name].weight, layer.lora_B[name].weight
     bias = None if base.bias is None else base.bias.to(dtype)
     return Projection(w.to(dtype), bias, a.to(dtype), b.to(dtype), units, scale)

@@ -2,8 +2,8 @@
 
 peft's LoRA layer keeps the dropped input and a float mask, 8 bytes for every number it reads, for
 each of the seven projections of a block. Here projections share their input, or what it was made
-from, which is made again once for all of them; a mask takes one bit on a CPU, updates are added in
-place, and so are the gradients by the input.
+from, which is made again once for all of them; of a mask a CPU keeps the seed; updates are added
+in place, and so are the gradients by the input.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Projection(NamedTuple):
     bias: Tensor | None  # [out]
     a: Tensor | None = None  # [r, in]
     b: Tensor | None = None  # [out, r]
-    units: Tensor | None = None  # the input's that dropout keeps; None: all
+    units: dropout.Units | None = None  # the input's that dropout keeps; None: all
     scale: float = 1.0
 
 
-_TENSORS = 5  # of a projection
+_TENSORS = 4  # of a projection, its first fields
 
 
 def project(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
@@ -41,11 +41,11 @@ def project(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
         return tuple(_product(x, p) for p in projections)
     source = source_of(x)
     make, parts = (None, (x,)) if source is None else (source.make, source.parts)
-    scales = tuple(p.scale for p in projections)
+    constants = tuple(p[_TENSORS:] for p in projections)
     tensors = (t for p in projections for t in p[:_TENSORS])
     return cast(
         tuple[Tensor, ...],
-        _Projections.apply(x, make, scales, *tensors, *parts),  # type: ignore[no-untyped-call]
+        _Projections.apply(x, make, constants, *tensors, *parts),  # type: ignore[no-untyped-call]
     )
 
 
@@ -60,7 +60,7 @@ def _product(x: Tensor, p: Projection) -> Tensor:
     return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
 
-def _dropped(x: Tensor, units: Tensor | None, *, in_place: bool = False) -> Tensor:
+def _dropped(x: Tensor, units: dropout.Units | None, *, in_place: bool = False) -> Tensor:
     """[..., in] -> [N, in]"""
     x = x if units is None else dropout.apply(x, units, in_place=in_place)
     return x.reshape(-1, x.shape[-1])
@@ -74,25 +74,25 @@ class _Projections(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         make: Callable[..., Tensor] | None,
-        scales: tuple[float, ...],
+        constants: tuple[tuple[Any, ...], ...],
         *tensors: Tensor | None,  # of each projection, then the parts
     ) -> tuple[Tensor, ...]:
-        projections, parts = _grouped(scales, tensors)
-        needed, _ = _grouped(scales, ctx.needs_input_grad[3:])
+        projections, parts = _grouped(constants, tensors)
+        needed, _ = _grouped(constants, ctx.needs_input_grad[3:])
         ctx.readers = [i for i, need in enumerate(needed) if need.w or need.a or need.b]
         kept: Sequence[Tensor | None] = ()
         if ctx.readers:
             kept = (keep(x),) if make is None else parts
         ctx.save_for_backward(*tensors[: len(tensors) - len(parts)], *kept)
-        ctx.make, ctx.scales, ctx.shape, ctx.given = make, scales, x.shape, len(parts)
+        ctx.make, ctx.constants, ctx.shape, ctx.given = make, constants, x.shape, len(parts)
         ctx.set_materialize_grads(False)
         return tuple(_product(x, p) for p in projections)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        projections, kept = _grouped(ctx.scales, ctx.saved_tensors)
-        needed, _ = _grouped(ctx.scales, ctx.needs_input_grad[3:])
+        projections, kept = _grouped(ctx.constants, ctx.saved_tensors)
+        needed, _ = _grouped(ctx.constants, ctx.needs_input_grad[3:])
         x: Any = None
         if ctx.readers:
             x = kept[0] if ctx.make is None else ctx.make(*kept)
@@ -113,20 +113,19 @@ class _Projections(torch.autograd.Function):
         return g_x, None, None, *found, *(None,) * ctx.given
 
 
-def _grouped(scales: Sequence[float], flat: Sequence[Any]) -> tuple[list[Projection], Any]:
+def _grouped(
+    constants: Sequence[tuple[Any, ...]], flat: Sequence[Any]
+) -> tuple[list[Projection], Any]:
     """What belongs to each projection, and the rest."""
     n = _TENSORS
-    each = [
-        Projection(*flat[n * i : n * (i + 1)], scale)  # type: ignore[call-arg]
-        for i, scale in enumerate(scales)
-    ]
-    return each, flat[n * len(scales) :]
+    each = [Projection(*flat[n * i : n * (i + 1)], *own) for i, own in enumerate(constants)]
+    return each, flat[n * len(constants) :]
 
 
 def _weight_gradients(
     p: Projection, need: Projection, g: Tensor, low: Tensor | None, x: Tensor, *, in_place: bool
 ) -> list[Tensor | None]:
-    """By w, bias, a, b and units; `low`: the gradient by the dropped input times a."""
+    """By w, bias, a and b; `low`: the gradient by the dropped input times a."""
     g_w = g_bias = g_a = g_b = None
     if need.w:
         g_w = gradient_room(p.w)
@@ -138,7 +137,7 @@ def _weight_gradients(
         # x a^T again: r numbers a token for every layer are worth more than a thin product
         g_b = keep_gradient((((dropped @ p.a.T) * p.scale).T @ g).T)
         g_a = torch.mm(low.T, dropped, out=gradient_room(p.a))
-    return [g_w, g_bias, g_a, g_b, None]
+    return [g_w, g_bias, g_a, g_b]
 
 
 def _add_input_gradient(

@@ -1,4 +1,4 @@
-"""Dropout by bits: the rate, the seed, and one result with and without the native module."""
+"""Dropout by a seed: the rate, the seed, and one result with and without the native module."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def engine(request, monkeypatch):
         pytest.skip(load_native())
 
 
-def units(kept: torch.Tensor, n: int) -> torch.Tensor:
-    return torch.tensor([bool(kept[i // 8] >> (i % 8) & 1) for i in range(n)])
+def kept(units: dropout.Units, n: int) -> torch.Tensor:
+    return dropout.apply(torch.ones(n), units) != 0
 
 
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.1, 0.0, 1.0, 1e-9, 1 - 1e-9])
 def test_units_are_kept_at_their_rate(share, engine):
     torch.manual_seed(0)
     x = torch.ones(301, 333)
-    kept, real = dropout.draw(x, share)
-    assert abs(real - share) < 1e-5
-    found = dropout.apply(x, kept)
+    units = dropout.draw(x, share)
+    assert abs(units.share - share) < 1e-5
+    found = dropout.apply(x, units)
     spread = (share * (1 - share) / x.numel()) ** 0.5
     assert abs(float(found.mean()) - share) < 5 * spread + 1e-5
     columns = found.mean(0)  # no pattern along the generators' turns
@@ -39,9 +39,10 @@ def test_units_are_kept_at_their_rate(share, engine):
 def test_neighbours_and_repetitions_are_independent(engine):
     torch.manual_seed(1)
     x = torch.ones(200_000)
-    first = dropout.apply(x, dropout.draw(x, 0.5)[0])
-    second = dropout.apply(x, dropout.draw(x, 0.5)[0])
-    for a, b in [(first, second)] + [(first[d:], first[:-d]) for d in (1, 2, 4, 8, 16, 32)]:
+    first = dropout.apply(x, dropout.draw(x, 0.5))
+    second = dropout.apply(x, dropout.draw(x, 0.5))
+    shifts = (1, 2, 4, 8, 16, 32, dropout._BLOCK)
+    for a, b in [(first, second)] + [(first[d:], first[:-d]) for d in shifts]:
         assert abs(float((a * b).mean()) - 0.25) < 5 * (3 / 16 / a.numel()) ** 0.5
 
 
@@ -55,30 +56,30 @@ def test_both_engines_draw_and_apply_the_same(n, share, monkeypatch):
         if not native:
             monkeypatch.setattr(dropout, "_native", lambda: None)
         torch.manual_seed(5)
-        kept, real = dropout.draw(torch.empty(n), share)
+        units = dropout.draw(torch.empty(n), share)
         x = torch.randn(n)
-        outputs = [dropout.apply(x.to(t), kept).double() for t in DTYPES]
-        found.append((units(kept, n), real, outputs))
-    assert torch.equal(found[0][0], found[1][0])
-    assert found[0][1] == found[1][1]
-    assert all(torch.equal(a, b) for a, b in zip(found[0][2], found[1][2], strict=True))
+        outputs = [dropout.apply(x.to(t), units).double() for t in DTYPES]
+        found.append((units, outputs))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
 
 
-def test_every_instruction_set_gives_the_same():
-    module = load_native()
+def test_threads_and_instructions_change_no_bit():
+    module, threads = load_native(), torch.get_num_threads()
     if isinstance(module, str):
         pytest.skip(module)
+    x, units = torch.randn(170_003), dropout.draw(torch.empty(170_003), 0.9)
     found = []
     try:
         for level in (-1, 1, 0):
-            module.force_simd_level(level)
-            torch.manual_seed(2)
-            kept, _ = dropout.draw(torch.empty(70_003), 0.9)
-            x = torch.randn(70_003)
-            added = dropout.add(torch.ones(70_003), x.clone(), kept)
-            found.append((units(kept, 70_003), dropout.apply(x, kept), added))
+            for count in (1, 2, 3):
+                module.force_simd_level(level)
+                torch.set_num_threads(count)
+                added = dropout.add(torch.ones(170_003), x.clone(), units)
+                found.append((dropout.apply(x, units), added))
     finally:
         module.force_simd_level(-1)
+        torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, *others in zip(*found, strict=True) for b in others)
 
 
@@ -88,34 +89,34 @@ def test_what_is_not_kept_is_zero_and_the_rest_untouched(dtype, engine):
     x = torch.randn(37, 21).to(dtype)
     x[3] = -torch.inf  # times 0 it would be nan
     before = x.clone()
-    kept, _ = dropout.draw(x, 0.6)
-    want = torch.where(units(kept, x.numel()).view(x.shape), x, torch.zeros((), dtype=dtype))
-    assert torch.equal(dropout.apply(x, kept), want)
+    units = dropout.draw(x, 0.6)
+    want = torch.where(kept(units, x.numel()).view(x.shape), x, torch.zeros((), dtype=dtype))
+    assert torch.equal(dropout.apply(x, units), want)
     assert torch.equal(x, before)
-    assert dropout.apply(x, kept, in_place=True) is x
+    assert dropout.apply(x, units, in_place=True) is x
     assert torch.equal(x, want)
 
 
-@pytest.mark.parametrize("n", [1, 15, 16, 33, 70_001])
+@pytest.mark.parametrize("n", [1, 15, 16, 33, 32_768, 70_001])
 def test_what_is_kept_is_added(n, engine):
     torch.manual_seed(6)
     for dtype in (torch.float32, torch.float64):
         x, into = torch.randn(n, dtype=dtype), torch.randn(n, dtype=dtype)
-        kept, _ = dropout.draw(x, 0.6)
-        want = into + dropout.apply(x, kept)
-        assert dropout.add(into, x, kept) is into
+        units = dropout.draw(x, 0.6)
+        want = into + dropout.apply(x, units)
+        assert dropout.add(into, x, units) is into
         assert torch.equal(into, want)
 
 
 def test_strides_do_not_matter(engine):
     torch.manual_seed(4)
     x = torch.randn(12, 40)
-    kept, _ = dropout.draw(x, 0.5)
-    want = dropout.apply(x, kept)
+    units = dropout.draw(x, 0.5)
+    want = dropout.apply(x, units)
     across = x.T.contiguous().T
     assert not across.is_contiguous()
-    assert torch.equal(dropout.apply(across, kept), want)
-    dropout.apply(across, kept, in_place=True)
+    assert torch.equal(dropout.apply(across, units), want)
+    dropout.apply(across, units, in_place=True)
     assert torch.equal(across, want)
 
 
@@ -123,6 +124,6 @@ def test_the_seed_fixes_the_units(engine):
     drawn = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        drawn.append(units(dropout.draw(torch.empty(999), 0.7)[0], 999))
+        drawn.append(kept(dropout.draw(torch.empty(999), 0.7), 999))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
