@@ -63,9 +63,10 @@ def answer_bytes(head_bytes: int) -> int:
     return max(ANSWER_BYTES, head_bytes // 8)
 
 
-def waiting_bytes(head_bytes: int) -> int:
-    """Of their gradients, kept until there are enough of them for a product."""
-    return max(WAITING_BYTES, head_bytes // 10)
+def waiting_bytes(head_bytes: int, trained: bool) -> int:
+    """Of their gradients, kept until there are enough of them for a product; beside the gradient
+    of a trained head, less."""
+    return max(WAITING_BYTES, head_bytes // (20 if trained else 10))
 
 
 @dataclass(frozen=True)
@@ -361,7 +362,7 @@ class _Pass:
 
     def _may_wait(self, more: int) -> bool:
         """Whether so many bytes may wait beside those that do."""
-        most = waiting_bytes(self.work.head.bytes)
+        most = waiting_bytes(self.work.head.bytes, self.grads.head)
         return sum(g.nbytes for _, g in self.waiting) + more <= most
 
     def _add_waiting(self, at: Tensor | None = None, blocks: Sequence[Tensor] = ()) -> None:

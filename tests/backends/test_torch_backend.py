@@ -74,7 +74,7 @@ def assert_equal(batch, config, backend, *, tolerance=1e-11, **kwargs):
 @pytest.mark.parametrize("frozen", [True, False])
 def test_answers_wait_for_a_product_with_those_of_other_groups(frozen, rows, monkeypatch):
     """None of them, some, and all: with a trained head the last group's need not be copied."""
-    monkeypatch.setattr(torch_backend, "waiting_bytes", lambda head_bytes: rows * ROW)
+    monkeypatch.setattr(torch_backend, "waiting_bytes", lambda head_bytes, trained: rows * ROW)
     product, seen = Head.back_to_rows, []
 
     def spy(self, parts, blocks=()):
