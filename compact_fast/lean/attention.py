@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -149,6 +149,14 @@ def attend(
     return cast(Tensor, _Attention.apply(query, key, value, tuple(trees), window, scale))  # type: ignore[no-untyped-call]
 
 
+class _How(NamedTuple):
+    """Who sees whom, and what scores are multiplied by."""
+
+    trees: tuple[Tree, ...]
+    window: int | None
+    scale: float | None
+
+
 @dataclass(frozen=True)
 class _Places:
     """Segments as the native module takes them."""
@@ -196,22 +204,14 @@ def _together(x: Tensor) -> Tensor:  # [1, N, heads, d]
     return x if fits else x.contiguous()
 
 
-def _call(
-    native: ModuleType,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    trees: tuple[Tree, ...],
-    window: int | None,
-    scale: float | None,
-) -> Any:
+def _call(native: ModuleType, query: Tensor, key: Tensor, value: Tensor, how: _How) -> Any:
     """What the native module knows of a call."""
     _, heads, _, d = query.shape
     at = (n for x in (query, key, value) for n in (x.data_ptr(), x.stride(2)))
-    table = _Places.of(trees).table
+    table = _Places.of(how.trees).table
     return native.Attention(
-        *at, table.data_ptr(), len(table), heads, key.shape[1], d, window or 0,
-        d**-0.5 if scale is None else scale, torch.get_num_threads(),
+        *at, table.data_ptr(), len(table), heads, key.shape[1], d, how.window or 0,
+        d**-0.5 if how.scale is None else how.scale, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -246,13 +246,13 @@ class _Attention(torch.autograd.Function):
         query, key, value = (_together(x).transpose(1, 2) for x in given)
         _, heads, N, d = query.shape
         out = _result((1, N, heads, d), query, rows)
-        how = trees, window, scale
+        how = _How(trees, window, scale)
         native = _native_for(query, key, value, trees)
         if native is None:
-            logsumexp = _by_torch(query, key, value, out, *how)
+            logsumexp = _by_torch(query, key, value, out, how)
         else:
             logsumexp = _result((1, heads, N), query, rows)
-            call = _call(native, query, key, value, *how)
+            call = _call(native, query, key, value, how)
             native.attend(call, N, out.data_ptr(), logsumexp.data_ptr())
         if rows:
             ctx.save_for_backward(*given, out, keep(logsumexp))
@@ -264,11 +264,11 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *kept, out, logsumexp = ctx.saved_tensors
         query, key, value = (_together(x).transpose(1, 2) for x in kept)
-        native = _native_for(query, key, value, ctx.how[0])
+        native = _native_for(query, key, value, ctx.how.trees)
         if native is None:
-            found = _back_by_torch(grad, query, key, value, out, logsumexp, *ctx.how)
+            found = _back_by_torch(grad, query, key, value, out, logsumexp, ctx.how)
             return *found, None, None, None
-        call = _call(native, query, key, value, *ctx.how)
+        call = _call(native, query, key, value, ctx.how)
         given = [t.contiguous() for t in (grad, out, logsumexp)]
         made = [_empty_like(t) for t in (query, key, value)]
         room = passing((native.attend_back_room(call),), query)
@@ -277,22 +277,14 @@ class _Attention(torch.autograd.Function):
         return *(t.transpose(1, 2) for t in made), None, None, None
 
 
-def _by_torch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    trees: tuple[Tree, ...],
-    window: int | None,
-    scale: float | None,
-) -> Tensor:
+def _by_torch(query: Tensor, key: Tensor, value: Tensor, out: Tensor, how: _How) -> Tensor:
     """Writes `out`; returns the logarithm of each sum of exponentials, [1, heads, N]."""
     sums = []
-    for s in segments(trees):
-        how = s.added_mask(window, query)
+    for s in segments(how.trees):
+        mask = s.added_mask(how.window, query)
         found, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query[:, :, s.own], s.of(key), s.of(value), 0.0, how is None,
-            attn_mask=how, scale=scale,
+            query[:, :, s.own], s.of(key), s.of(value), 0.0, mask is None,
+            attn_mask=mask, scale=how.scale,
         )  # fmt: skip
         out[:, s.own] = found.transpose(1, 2)
         sums.append(logsumexp)
@@ -306,19 +298,17 @@ def _back_by_torch(
     value: Tensor,
     out: Tensor,
     logsumexp: Tensor,
-    trees: tuple[Tree, ...],
-    window: int | None,
-    scale: float | None,
+    how: _How,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by query, key and value, by that of out."""
     grad, out = grad.transpose(1, 2), out.transpose(1, 2)
     g_query, g_key, g_value = (_zeros_like(t) for t in (query, key, value))
-    for s in segments(trees):
-        how = s.added_mask(window, query)
+    for s in segments(how.trees):
+        mask = s.added_mask(how.window, query)
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad[:, :, s.own], query[:, :, s.own], s.of(key), s.of(value),
-            out[:, :, s.own], logsumexp[:, :, s.own].contiguous(), 0.0, how is None,
-            attn_mask=how, scale=scale,
+            out[:, :, s.own], logsumexp[:, :, s.own].contiguous(), 0.0, mask is None,
+            attn_mask=mask, scale=how.scale,
         )  # fmt: skip
         g_query[:, :, s.own] = found[0]
         s.add(g_key, found[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from compact_fast.lean.kept import keep, lasting_output, settle
 from compact_fast.lean.linear import project_together
-from compact_fast.lean.ordinary import computes, is_ordinary, is_watched, same
+from compact_fast.lean.ordinary import computes, is_ordinary, same, stand_in_of
 from compact_fast.lean.rows import gated, gated_gradients, norm, norm_again, norm_gradient
 from compact_fast.lean.sources import Source, note_source
 
@@ -52,9 +51,8 @@ def norm_forward(self: Any, x: Tensor) -> Tensor:
 def normed(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """(what a norm makes of x, x for its other uses): both uses' gradients are added in one pass,
     if the norm is one of ours."""
-    forward = layer.__dict__.get("forward") if isinstance(layer, nn.Module) else None
-    ours = isinstance(forward, partial) and forward.func is norm_forward
-    if not ours or is_watched(layer) or not torch.is_grad_enabled() or not _computes_here(layer, x):
+    ours = stand_in_of(layer) is norm_forward and torch.is_grad_enabled()
+    if not ours or not _computes_here(layer, x):
         return layer(x), x
     return _with_input(layer, x)
 

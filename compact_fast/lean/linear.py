@@ -7,14 +7,13 @@ up) take one step together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from compact_fast.lean import dropout
-from compact_fast.lean.ordinary import is_ordinary, is_watched
+from compact_fast.lean.ordinary import is_ordinary, stand_in_of
 from compact_fast.lean.projection import Projection, project
 
 _LEAST_NUMBERS = 1 << 16  # of the weight: below, a step of Python costs more than it saves
@@ -54,11 +53,10 @@ def project_together(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...] | N
 
 def _is_ours(layer: Any, x: Tensor) -> bool:
     """Whether a call of the layer would end here, and nobody would notice."""
-    forward = vars(layer).get("forward")
-    if not isinstance(forward, partial) or is_watched(layer):
-        return False
-    fits = {lora_forward: _fits_lora, linear_forward: _fits_linear}.get(forward.func)
-    return fits is not None and fits(layer, x)
+    ours = stand_in_of(layer)
+    if ours is lora_forward:
+        return _fits_lora(layer, x)
+    return ours is linear_forward and _fits_linear(layer, x)
 
 
 def projected(layers: Sequence[Any], x: Tensor) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -24,6 +25,12 @@ def is_watched(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def stand_in_of(module: Any) -> Callable[..., Any] | None:
+    """The function that runs instead of its class's forward, where that is all a call would do."""
+    forward = module.__dict__.get("forward") if isinstance(module, nn.Module) else None
+    return forward.func if isinstance(forward, partial) and not is_watched(module) else None
 
 
 def unwrapped(kind: type[nn.Module]) -> FunctionType | None:
