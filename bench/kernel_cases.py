@@ -43,26 +43,37 @@ def meta(*shape: int, dtype: torch.dtype = F32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+# E kept, entropy, bias, second round, sizes off by one (no multiple of a tile), dtype
+FORMS = (
+    (False, False, False, False, 0, F16),
+    (False, True, True, False, 0, F16),
+    (False, True, True, True, 0, F16),
+    (False, True, True, True, 1, F16),
+    (True, False, False, False, 0, BF16),
+    (True, True, True, False, 0, BF16),
+    (True, True, True, True, 0, BF16),
+    (True, True, False, False, 0, BF16),
+    (True, False, True, False, 0, BF16),
+    (True, False, False, True, 0, BF16),
+    (False, False, False, False, 0, BF16),
+    (False, True, False, False, 0, BF16),
+    (False, True, False, True, 0, BF16),
+    (True, False, False, False, 1, BF16),
+    (True, True, True, True, 1, BF16),
+)
+CAPPED_FORMS = (
+    (True, False, False, False, 0, BF16),
+    (True, True, True, True, 0, BF16),
+    (False, False, False, False, 0, BF16),
+    (False, True, True, False, 0, F16),
+)
+SOFTCAP = 30.0  # of Gemma's logits
+
+
 def gemm_cases(arch: str) -> Iterator[Case]:
     """The logits GEMM in every form that is launched."""
-    for keep, statistics, bias, redo, odd, *dtypes in (
-        (False, False, False, False, 0, F16),
-        (False, True, True, False, 0, F16),
-        (False, True, True, True, 0, F16),
-        (False, True, True, True, 1, F16),
-        (True, False, False, False, 0),
-        (True, True, True, False, 0),
-        (True, True, True, True, 0),
-        (True, True, False, False, 0),
-        (True, False, True, False, 0),
-        (True, False, False, True, 0),
-        (False, False, False, False, 0),
-        (False, True, False, False, 0),
-        (False, True, False, True, 0),
-        (True, False, False, False, 1),  # no size is a multiple of a tile
-        (True, True, True, True, 1),
-    ):
-        dtype = dtypes[0] if dtypes else BF16
+    forms = (*((form, 0.0) for form in FORMS), *((form, SOFTCAP) for form in CAPPED_FORMS))
+    for (keep, statistics, bias, redo, odd, dtype), cap in forms:
 
         def run(
             keep: bool = keep,
@@ -71,10 +82,11 @@ def gemm_cases(arch: str) -> Iterator[Case]:
             redo: bool = redo,
             odd: int = odd,
             dtype: torch.dtype = dtype,
+            cap: float = cap,
         ) -> None:
             rows, vocab, width = ROWS - odd, VOCAB - odd, WIDTH - 8 * odd
             x, weight = meta(rows, width, dtype=dtype), meta(vocab, width, dtype=dtype)
-            config = launch.gemm_config(x, statistics=statistics, bias=bias)
+            config = launch.gemm_config(x, statistics=statistics, bias=bias, softcap=cap)
             padded = logits_gemm.padded_width(vocab)
             logits_gemm.logits_exp(
                 x,
@@ -87,6 +99,7 @@ def gemm_cases(arch: str) -> Iterator[Case]:
                 config,
                 statistics=statistics,
                 redo=meta(rows, dtype=torch.uint8) if redo else None,
+                softcap=cap,
             )
 
         names = [
@@ -96,6 +109,7 @@ def gemm_cases(arch: str) -> Iterator[Case]:
             *(["redo"] if redo else []),
             *(["odd sizes"] if odd else []),
             *(["float16"] if dtype == F16 else []),
+            *(["softcap"] if cap else []),
         ]
         tiles = VOCAB / launch.LOGITS_GEMM[arch].block_n
         traffic = 2 * WIDTH + 2 * VOCAB * WIDTH / ROWS + 4 * tiles * (3 if statistics else 2)
@@ -105,7 +119,8 @@ def gemm_cases(arch: str) -> Iterator[Case]:
             2.0 * VOCAB * WIDTH,
             traffic + (2 * VOCAB if keep else 0),
             matrix=True,
-            quick=(keep, statistics, bias, redo, odd)
+            quick=not cap
+            and (keep, statistics, bias, redo, odd)
             in ((True, False, False, False, 0), (True, True, True, True, 0)),
         )
 
@@ -200,6 +215,31 @@ def row_cases(arch: str) -> Iterator[Case]:
                 (8 + dtype.itemsize) * VOCAB,
                 quick=statistics and dtype != F32,
             )
+    yield Case(
+        "second, softcap",
+        lambda: statistics_kernels.finish_rows(
+            logits_gemm.Partials(meta(tiles, ROWS), meta(tiles, ROWS), meta(tiles, ROWS)),
+            meta(ROWS),
+            targets,
+            meta(ROWS, VOCAB, dtype=BF16),
+            statistics_kernels.RowStatistics.empty(meta(ROWS), statistics=False),
+            redone=True,
+            softcap=SOFTCAP,
+        ),
+        2 * tiles,
+        8.0 * tiles,
+        quick=False,
+    )
+    for dtype in (BF16, F16, F32):
+        yield Case(
+            f"entropy, {str(dtype).removeprefix('torch.')}, softcap",
+            lambda dtype=dtype: row_softmax.row_softmax(
+                meta(ROWS, VOCAB), targets, dtype, statistics=True, softcap=SOFTCAP
+            ),
+            4.0 * VOCAB,
+            (8 + dtype.itemsize) * VOCAB,
+            quick=False,
+        )
     factor = meta(ROWS)
     yield Case(
         "",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,9 +19,16 @@ def check_loss_inputs(
     attention: Tensor | None,
     config: CompactConfig,
     bias: Tensor | None,
+    softcap: float = 0.0,
 ) -> None:
     """Raises ValueError naming the argument, its value and the remedy."""
     check_head(hidden, weight, bias)
+    check_softcap(softcap)
+    if softcap and config.skip_below > 0:
+        raise ValueError(
+            f"config.skip_below={config.skip_below}: no gradients are left out of soft-capped "
+            f"logits (softcap={softcap}); set it to 0"
+        )
     T, S, V = layout.num_tokens, layout.num_sequences, weight.shape[0]
     if layout.num_questions == 0:
         raise ValueError("layout holds no question; an empty batch has no loss")
@@ -97,6 +106,12 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"hidden is on {hidden.device}, lm_head_weight on {weight.device}")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"head_bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def check_softcap(softcap: float) -> None:
+    """It is 0 for none, or positive and finite."""
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap={softcap}: expected a positive number, or 0 for none")
 
 
 def check_ids(name: str, ids: Tensor, vocab: int) -> None:

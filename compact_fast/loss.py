@@ -29,6 +29,7 @@ def compact_loss(
     normalizer: float | None = None,
     head_bias: Tensor | None = None,  # [V]
     statistics: bool = False,
+    softcap: float = 0.0,
 ) -> CompactOutput:
     """The COMPACT loss of one packed batch, with everything that was measured on the way.
 
@@ -45,6 +46,7 @@ def compact_loss(
         are not skipped. Give the global number under gradient accumulation or data parallelism.
     head_bias: bias of the unembedding, [V].
     statistics: also return token_entropy and token_correct.
+    softcap: logits are softcap tanh(logit / softcap), as in Gemma 2; 0: as they are.
 
     Gradients flow to `hidden`, `lm_head_weight` and `head_bias` through the log-likelihoods and
     the consistency term, never through the weights alpha. They are made in the forward pass:
@@ -70,6 +72,7 @@ def compact_loss(
         live and head_bias is not None and head_bias.requires_grad,
         statistics,
         ops.backend_name(backend),
+        softcap,
     )
     out = dict(zip(ops.RESULTS, values, strict=True))
     # an operator's results all hang on the graph; only the loss is to be differentiated
@@ -90,11 +93,13 @@ def token_logp(
     *,
     backend: str | CompactBackend = "auto",
     head_bias: Tensor | None = None,  # [V]
+    softcap: float = 0.0,
 ) -> Tensor:
     """log softmax(W h_t)[targets_t] in nats, [T], 0 at negative targets.
 
-    Never holds [T, V] logits; differentiable. Rows with a negative target are not multiplied. A
-    DTensor for a head is treated as by `compact_loss`.
+    With `softcap` > 0, of softcap tanh(logit / softcap). Never holds [T, V] logits; differentiable.
+    Rows with a negative target are not multiplied. A DTensor for a head is treated as by
+    `compact_loss`.
     On a GPU, targets on the CPU are checked and sorted there, and nothing waits for the device;
     those on the device have to be read back.
     Raises ValueError for shapes that do not fit and for targets outside the vocabulary.
@@ -103,6 +108,6 @@ def token_logp(
     lm_head_weight = whole("lm_head_weight", lm_head_weight)
     head_bias = None if head_bias is None else whole("head_bias", head_bias)
     logp: Tensor = torch.ops.compact_fast.token_logp(
-        hidden, lm_head_weight, head_bias, targets, False, ops.backend_name(backend)
+        hidden, lm_head_weight, head_bias, targets, False, ops.backend_name(backend), softcap
     )[0]
     return logp

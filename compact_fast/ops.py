@@ -1,7 +1,8 @@
 """torch.library operators `compact_fast::...`: the stable numeric interface.
 
-Schemas only ever grow by new operators. Configurations travel as text (`CompactConfig.text`),
-backends by name; gradients are made in the forward pass and handed over in backward.
+Schemas only ever grow, by new operators and by arguments with a default at the end. Configurations
+travel as text (`CompactConfig.text`), backends by name; gradients are made in the forward pass and
+handed over in backward.
 
 Under autocast the operators compute as without it: inputs are taken in the dtype they have, and
 every statistic is float32 (float64 for float64).
@@ -20,7 +21,7 @@ from compact_fast.backends import RunSpec, choose, resolve
 from compact_fast.backends.protocol import CompactBackend, Gradients, Needs
 from compact_fast.backends.triton_backend import can_launch
 from compact_fast.config import CompactConfig
-from compact_fast.inputs import check_head, check_ids, check_loss_inputs
+from compact_fast.inputs import check_head, check_ids, check_loss_inputs, check_softcap
 from compact_fast.layout import TokenLayout
 from compact_fast.scores import statistics_dtype
 from compact_fast.scores import teacher_weights as _teacher_weights
@@ -35,7 +36,8 @@ LAYOUT_FIELDS = tuple(part.split()[-1] for part in _LAYOUT.split(","))
 SCORE_AND_LOSS = (
     f"(Tensor hidden, Tensor weight, Tensor? bias, {_LAYOUT}, Tensor? consensus, "
     "Tensor? attention, str config, float? normalizer, bool need_hidden, bool need_weight, "
-    "bool need_bias, bool statistics, str backend) -> (Tensor loss, Tensor loss_sft, "
+    "bool need_bias, bool statistics, str backend, float softcap=0.0) -> (Tensor loss, "
+    "Tensor loss_sft, "
     "Tensor loss_consistency, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, "
     "Tensor weights, Tensor nll, Tensor mi, Tensor consensus, Tensor score, Tensor token_logp, "
     "Tensor consistency, Tensor filtered, Tensor nonfinite, Tensor skipped, Tensor token_entropy, "
@@ -65,9 +67,14 @@ def _layout(tensors: tuple[Tensor | None, ...]) -> TokenLayout:
     return TokenLayout(**dict(zip(LAYOUT_FIELDS, tensors, strict=True)))  # type: ignore[arg-type]
 
 
-def _spec(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> RunSpec:
+def _resolve(
+    backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float
+) -> tuple[CompactBackend, tuple[float, ...]]:
+    """The backend, and what only one is told that caps logits."""
     V, D = weight.shape
-    return RunSpec(hidden.device, hidden.dtype, V, D, bias is not None, weight.dtype)
+    more = (bias is not None, weight.dtype, softcap)
+    run = resolve(backend, RunSpec(hidden.device, hidden.dtype, V, D, *more))
+    return run, (softcap,) if softcap else ()
 
 
 def _gradients(found: Gradients, like: tuple[Tensor, Tensor, Tensor | None]) -> list[Tensor]:
@@ -82,10 +89,12 @@ def _gradients(found: Gradients, like: tuple[Tensor, Tensor, Tensor | None]) -> 
 def score_and_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
     """Scores, weights, loss and gradients of one packed batch; see `compact_fast.compact_loss`."""
     layout = _layout(rest[:14])
-    consensus, attention, config_text, normalizer, *flags, statistics, backend = rest[14:]
+    # the dispatcher drops a last argument that has its default
+    consensus, attention, config_text, normalizer, *more = (*rest[14:], 0.0)[:10]
+    *flags, statistics, backend, softcap = more
     config = CompactConfig.from_text(config_text)
-    check_loss_inputs(hidden, weight, layout, consensus, attention, config, bias)
-    run = resolve(backend, _spec(hidden, weight, bias))
+    check_loss_inputs(hidden, weight, layout, consensus, attention, config, bias, softcap)
+    run, cap = _resolve(backend, hidden, weight, bias, softcap)
     if config.skip_below > 0 and not getattr(run, "skips_blocks", False):
         raise ValueError(
             f"skip_below={config.skip_below}: backend {run.name!r} leaves no gradients out; set it "
@@ -96,7 +105,7 @@ def score_and_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: A
     with torch.autocast(hidden.device.type, enabled=False):
         result = run.score_and_loss(
             hidden, weight, bias, layout, consensus, attention, config, normalizer,
-            Needs(*flags), statistics,
+            Needs(*flags), statistics, *cap,
         )  # fmt: skip
     values = result._asdict()
     grads = dict(
@@ -205,7 +214,7 @@ def _targets_for(backend: CompactBackend, targets: Tensor, hidden: Tensor) -> Te
 @torch.library.custom_op(
     "compact_fast::token_logp",
     mutates_args=(),
-    schema=f"({_HEAD}, bool statistics, str backend) -> "
+    schema=f"({_HEAD}, bool statistics, str backend, float softcap=0.0) -> "
     "(Tensor logp, Tensor entropy, Tensor correct)",
 )
 def token_logp(
@@ -215,14 +224,16 @@ def token_logp(
     targets: Tensor,
     statistics: bool,
     backend: str,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-likelihood, entropy and correctness of each target; see `compact_fast.token_logp`."""
     check_head(hidden, weight, bias)
     check_ids("targets", targets, weight.shape[0])
-    run = resolve(backend, _spec(hidden, weight, bias))
+    check_softcap(softcap)
+    run, cap = _resolve(backend, hidden, weight, bias, softcap)
     targets = _targets_for(run, targets, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        logp, entropy, correct = run.token_logp(hidden, weight, bias, targets, statistics)
+        logp, entropy, correct = run.token_logp(hidden, weight, bias, targets, statistics, *cap)
     return (
         logp,
         logp.new_empty(0) if entropy is None else entropy,
@@ -238,6 +249,7 @@ def _(
     targets: Tensor,
     statistics: bool,
     backend: str,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     logp = hidden.new_empty(targets.shape, dtype=statistics_dtype(hidden.dtype))
     more = torch.empty_like(logp) if statistics else logp.new_empty(0)
@@ -248,7 +260,8 @@ def _(
     "compact_fast::token_logp_gradients",
     mutates_args=(),
     schema=f"(Tensor grad_logp, {_HEAD}, bool need_hidden, bool need_weight, bool need_bias, "
-    "str backend) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    "str backend, float softcap=0.0) -> "
+    "(Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
 )
 def token_logp_gradients(
     grad_logp: Tensor,
@@ -260,14 +273,14 @@ def token_logp_gradients(
     need_weight: bool,
     need_bias: bool,
     backend: str,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of sum_t grad_logp_t logp_t; empty where not wanted."""
-    run = resolve(backend, _spec(hidden, weight, bias))
+    run, cap = _resolve(backend, hidden, weight, bias, softcap)
     targets = _targets_for(run, targets, hidden)
+    needs = Needs(need_hidden, need_weight, need_bias)
     with torch.autocast(hidden.device.type, enabled=False):
-        found = run.token_logp_gradients(
-            grad_logp, hidden, weight, bias, targets, Needs(need_hidden, need_weight, need_bias)
-        )
+        found = run.token_logp_gradients(grad_logp, hidden, weight, bias, targets, needs, *cap)
     a, b, c = _gradients(found, (hidden, weight, bias))
     return a, b, c
 
@@ -283,6 +296,7 @@ def _(
     need_weight: bool,
     need_bias: bool,
     backend: str,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
@@ -292,20 +306,19 @@ def _(
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    hidden, weight, bias, targets, _, backend = inputs
+    hidden, weight, bias, targets, _, *ctx.how = inputs
     ctx.save_for_backward(hidden, weight, bias, targets)
-    ctx.backend = backend
     ctx.set_materialize_grads(False)
 
 
 def _recompute(ctx: Any, grad_logp: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_logp is None:
-        return (None,) * 6
+        return (None,) * 7
     needs = [bool(n) for n in ctx.needs_input_grad[:3]]
     found = torch.ops.compact_fast.token_logp_gradients(
-        grad_logp, *ctx.saved_tensors, *needs, ctx.backend
+        grad_logp, *ctx.saved_tensors, *needs, *ctx.how
     )
-    return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None)
+    return (*(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 4)
 
 
 token_logp.register_autograd(_recompute, setup_context=_save_inputs)

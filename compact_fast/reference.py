@@ -23,6 +23,7 @@ from compact_fast.scores import (
     pointwise_information,
     statistics_dtype,
 )
+from compact_fast.softcap import capped
 
 
 def compact_loss(
@@ -35,6 +36,7 @@ def compact_loss(
     config: CompactConfig | None = None,
     normalizer: float | None = None,
     head_bias: Tensor | None = None,  # [V]
+    softcap: float = 0.0,
 ) -> CompactOutput:
     """See `compact_fast.compact_loss`; gradients by autograd through the full [T, V] logits.
 
@@ -44,11 +46,12 @@ def compact_loss(
     config = config or CompactConfig()
     check_loss_inputs(hidden, lm_head_weight, layout, consensus, attention, config, head_bias)
     dtype = statistics_dtype(hidden.dtype)  # of the results
-    z = logits(hidden, lm_head_weight, head_bias)  # [T, V]
+    z = logits(hidden, lm_head_weight, head_bias, softcap)  # [T, V]
     logp = z.log_softmax(-1)
     label_logp = target_logp(z, layout.targets)  # [T] float64
     nll = difficulty(label_logp, layout)  # [S]
-    mi = _mi(hidden, lm_head_weight, logp, label_logp, layout, config)  # [S]
+    gold = _gold_rows(hidden, lm_head_weight, head_bias, softcap, logp, layout, config)
+    mi = _mi(gold, label_logp, layout, config)  # [S]
 
     shares = layout_weights(mi.detach(), nll.detach(), consensus, attention, layout, config)
     alpha = shares.weights
@@ -57,7 +60,7 @@ def compact_loss(
     if bool(shares.nonfinite.any()):  # weight 0 times inf would poison the loss and its gradient
         alive = ~shares.nonfinite[layout.token_sequence]
         cleaned = torch.where(alive[:, None], hidden, 0.0)
-        z = logits(cleaned, lm_head_weight, head_bias)
+        z = logits(cleaned, lm_head_weight, head_bias, softcap)
         trained = z.log_softmax(-1)
         trained_nll = difficulty(target_logp(z, layout.targets), layout)
     else:
@@ -142,10 +145,28 @@ def left_out_bounds(
 
 
 @torch.no_grad()
-def _mi(
+def _gold_rows(
     hidden: Tensor,  # [T, D]
     lm_head_weight: Tensor,  # [V, D]
+    head_bias: Tensor | None,  # [V]
+    softcap: float,
     logp: Tensor,  # [T, V]
+    layout: TokenLayout,
+    config: CompactConfig,
+) -> Tensor | None:
+    """What MI reads of each gold token at every position, [G, T]; None: it reads none."""
+    if config.mi == "pvi" or layout.gold_ids is None:
+        return None
+    if config.mi == "logprob":
+        return logp.T[layout.gold_ids]
+    # without a cap it adds a constant, which the difference along the sequence cancels
+    bias = head_bias[layout.gold_ids] if head_bias is not None and softcap else None
+    return logits(hidden, lm_head_weight[layout.gold_ids], bias, softcap).T
+
+
+@torch.no_grad()
+def _mi(
+    gold_rows: Tensor | None,  # [G, T]
     label_logp: Tensor,  # [T]
     layout: TokenLayout,
     config: CompactConfig,
@@ -153,13 +174,9 @@ def _mi(
     """S_MI [S] in the form that the configuration names; NaN where there is nothing to measure."""
     if config.mi == "pvi" and layout.prior_logp is not None:
         return pointwise_information(label_logp, layout)
-    if config.mi == "pvi" or layout.gold_ids is None or layout.cu_gold is None:
-        return torch.full_like(layout.label_counts, torch.nan, dtype=logp.dtype)
-    if config.mi == "logit":
-        rows = lm_head_weight[layout.gold_ids].to(logp.dtype) @ hidden.to(logp.dtype).T  # [G, T]
-    else:
-        rows = logp.T[layout.gold_ids]
-    gold = mean_gold(rows, layout.cu_gold)  # [Q, T]
+    if gold_rows is None or layout.cu_gold is None:
+        return torch.full_like(layout.label_counts, torch.nan, dtype=label_logp.dtype)
+    gold = mean_gold(gold_rows, layout.cu_gold)  # [Q, T]
     question = layout.sequence_question[layout.token_sequence]  # [T]
     return adaptability(gold.gather(0, question[None, :]).squeeze(0), layout, config)
 
@@ -254,16 +271,20 @@ def attention_consensus(
     return out
 
 
-def logits(hidden: Tensor, lm_head_weight: Tensor, head_bias: Tensor | None) -> Tensor:
-    """Of the whole vocabulary: [T, D], [V, D], [V] -> [T, V], in float32 or wider."""
+def logits(
+    hidden: Tensor, lm_head_weight: Tensor, head_bias: Tensor | None, softcap: float = 0.0
+) -> Tensor:
+    """Of the whole vocabulary, capped: [T, D], [V, D], [V] -> [T, V], in float32 or wider."""
     dtype = statistics_dtype(hidden.dtype)
     out = hidden.to(dtype) @ lm_head_weight.to(dtype).T
-    return out if head_bias is None else out + head_bias.to(dtype)
+    return capped(out if head_bias is None else out + head_bias.to(dtype), softcap)
 
 
-def log_softmax(hidden: Tensor, lm_head_weight: Tensor, head_bias: Tensor | None) -> Tensor:
+def log_softmax(
+    hidden: Tensor, lm_head_weight: Tensor, head_bias: Tensor | None, softcap: float = 0.0
+) -> Tensor:
     """Log-probabilities of the whole vocabulary: [T, D], [V, D], [V] -> [T, V]."""
-    return logits(hidden, lm_head_weight, head_bias).log_softmax(-1)
+    return logits(hidden, lm_head_weight, head_bias, softcap).log_softmax(-1)
 
 
 def pick_targets(logp: Tensor, targets: Tensor) -> Tensor:
@@ -294,6 +315,7 @@ def token_logp(
     targets: Tensor,  # [T]
     *,
     head_bias: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """log softmax(W h_t)[targets_t] in nats, 0 at negative targets, [T]."""
-    return pick_targets(log_softmax(hidden, lm_head_weight, head_bias), targets)
+    return pick_targets(log_softmax(hidden, lm_head_weight, head_bias, softcap), targets)

@@ -26,6 +26,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from compact_fast.softcap import capped
 from compact_fast.students import (
     LoraSettings,
     add_lora,
@@ -35,6 +36,7 @@ from compact_fast.students import (
     check_head,
     inference,
     load_student,
+    logit_scale,
     prepare_checkpointing,
     resolve_dtype,
 )
@@ -126,28 +128,46 @@ def test_a_head_with_bias() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make_model", "message"),
+    ("make_model", "scale", "softcap"),
     [
         (
-            lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=30.0)),
-            r"Gemma2ForCausalLM: final_logit_softcapping=30.0",
+            lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=3.0)),
+            1.0,
+            3.0,
         ),
-        (lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)), "logit_scale=0.25"),
-        (
-            lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)),
-            "logits_scaling=8.0",
-        ),
-        (lambda: make("llama").model, "LlamaModel is not a causal language model"),
+        (lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=None)), 1.0, 0.0),
+        (lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)), 0.25, 0.0),
+        (lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)), 1 / 8, 0.0),
+        (lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=1.0)), 1.0, 0.0),
     ],
 )
-def test_logits_that_are_changed_after_the_head_are_refused(make_model: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        body_and_head(make_model())
+def test_scaled_and_capped_logits(make_model: Any, scale: float, softcap: float) -> None:
+    model = make_model()
+    parts = body_and_head(model)
+    assert (logit_scale(model), parts.softcap) == (scale, softcap)
+    check_head(model)
+    with torch.no_grad():
+        parts.weight.mul_(40.0)  # far into the cap
+    model.eval()
+    logits = model(input_ids=IDS).logits
+    assert not softcap or logits.abs().max() > 0.95 * softcap
+    torch.testing.assert_close(capped(parts.body(IDS) @ parts.weight.T, softcap), logits)
+    plain = model.model(input_ids=IDS).last_hidden_state
+    torch.testing.assert_close(parts.body(IDS), plain * scale)
 
 
-def test_neutral_settings_are_not_refused() -> None:
-    check_head(Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=None)))
-    check_head(GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=1.0)))
+def test_the_attention_maps_of_a_student_with_scaled_logits() -> None:
+    model = GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)).eval()
+    hidden = model.model(input_ids=IDS).last_hidden_state[0]
+    own = model.model.layers[-1].self_attn
+    maps = attention_projections(model)
+    torch.testing.assert_close(maps.queries(hidden / 8), own.q_proj(hidden))
+    torch.testing.assert_close(maps.keys(hidden / 8), own.k_proj(hidden))
+
+
+def test_a_body_alone_is_no_student() -> None:
+    with pytest.raises(ValueError, match="LlamaModel is not a causal language model"):
+        body_and_head(make("llama").model)
 
 
 def test_an_adapter_on_the_head_is_refused() -> None:

@@ -68,7 +68,7 @@ LOGITS_GEMM = {
     ),
 }  # fmt: skip
 
-# With entropy or a bias the epilogue needs more registers: where the tile above would spill.
+# With entropy, a bias or a cap the epilogue needs more registers: where the tile above would spill.
 LOGITS_GEMM_WIDE_EPILOGUE = {
     "sm_90": GemmConfig(
         128, 128, 64, 8, 4, True, 12,
@@ -160,10 +160,10 @@ def architecture(tensor: Tensor) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def gemm_config(x: Tensor, *, statistics: bool, bias: bool) -> GemmConfig:
+def gemm_config(x: Tensor, *, statistics: bool, bias: bool, softcap: float = 0.0) -> GemmConfig:
     """The logits GEMM's configuration on the device of `x`."""
     arch = architecture(x)
-    wide = LOGITS_GEMM_WIDE_EPILOGUE if statistics or bias else {}
+    wide = LOGITS_GEMM_WIDE_EPILOGUE if statistics or bias or softcap else {}
     return wide.get(arch, LOGITS_GEMM[arch])
 
 

@@ -8,6 +8,9 @@ and for every row and vocabulary tile, over v != y: sum of E, sum of E (z - o), 
 The label's column is left out of all of them: what belongs there is known only when the row is
 complete (`finish_rows`), and without it S - p_y S comes out of a sum, not of a difference.
 
+Soft-capped logits (CAP > 0) take their cap before all of that, and E times its slope is written, so
+that E / S becomes the gradient by the products; the sums are those of E alone.
+
 An accumulator is rounded only on its way into E; all sums are taken from it in float32.
 """
 
@@ -22,6 +25,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import FUSED, GemmConfig, num_processors
+from .soft_cap import soft_cap, soft_cap_slope
 
 
 class Partials(NamedTuple):
@@ -56,12 +60,15 @@ def _exp_and_sums(
     V,
     HAS_BIAS: tl.constexpr,
     STATISTICS: tl.constexpr,
+    CAP: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """exp(z - offset) of some columns, its sum, the sum of exp(d) d, the maximum of d."""
+    """E of some columns, the sum of exp(d), the sum of exp(d) d, the maximum of d = z - offset."""
     cols = first_col + tl.arange(0, BLOCK_N)
     if HAS_BIAS:
         z += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
+    if CAP > 0:
+        z = soft_cap(z, CAP)
     # -inf makes exp(d) 0 and never wins the maximum
     rival = (cols[None, :] != target[:, None]) & (cols < V)[None, :]
     d = tl.where(rival, z - offset[:, None], float("-inf"))
@@ -71,6 +78,8 @@ def _exp_and_sums(
         dot = tl.sum(tl.where(e > 0, e * d, 0.0), 1)
     else:
         dot = total
+    if CAP > 0:
+        e *= soft_cap_slope(z, CAP)
     return e, total, dot, tl.max(d, 1)
 
 
@@ -107,6 +116,7 @@ def logits_exp_kernel(
     STATISTICS: tl.constexpr,
     STORE: tl.constexpr,
     REDO: tl.constexpr,
+    CAP: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP_M: tl.constexpr,
@@ -145,7 +155,7 @@ def logits_exp_kernel(
     target = tl.load(targets_ptr + rows, mask=inside, other=-1).to(tl.int32)
     offset = tl.load(offset_ptr + rows, mask=inside, other=0.0)
     e, total, dot, top = _exp_and_sums(
-        acc, tile_n * BLOCK_N, bias_ptr, target, offset, V, HAS_BIAS, STATISTICS, BLOCK_N
+        acc, tile_n * BLOCK_N, bias_ptr, target, offset, V, HAS_BIAS, STATISTICS, CAP, BLOCK_N
     )
     if STORE:
         e_ptrs = e_ptr + rows.to(tl.int64)[:, None] * stride_e + cols[None, :]
@@ -159,7 +169,7 @@ def logits_exp_kernel(
 def _tma_tile(
     x_desc, w_desc, e_desc, bias_ptr, targets_ptr, offset_ptr, total_ptr, dot_ptr, top_ptr,
     tile_m, tile_n, n, V, D,
-    HAS_BIAS: tl.constexpr, STATISTICS: tl.constexpr, STORE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, STATISTICS: tl.constexpr, STORE: tl.constexpr, CAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -172,7 +182,7 @@ def _tma_tile(
     target = tl.load(targets_ptr + rows, mask=inside, other=-1).to(tl.int32)
     offset = tl.load(offset_ptr + rows, mask=inside, other=0.0)
     e, total, dot, top = _exp_and_sums(
-        acc, tile_n * BLOCK_N, bias_ptr, target, offset, V, HAS_BIAS, STATISTICS, BLOCK_N
+        acc, tile_n * BLOCK_N, bias_ptr, target, offset, V, HAS_BIAS, STATISTICS, CAP, BLOCK_N
     )
     if STORE:
         e_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N], e.to(e_desc.dtype))
@@ -201,6 +211,7 @@ def logits_exp_tma_kernel(
     STATISTICS: tl.constexpr,
     STORE: tl.constexpr,
     REDO: tl.constexpr,
+    CAP: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -220,7 +231,7 @@ def logits_exp_tma_kernel(
                 _tma_tile(
                     x_desc, w_desc, e_desc, bias_ptr, targets_ptr, offset_ptr, total_ptr,
                     dot_ptr, top_ptr, tile_m, tile_n, n, V, D, HAS_BIAS, STATISTICS, STORE,
-                    BLOCK_M, BLOCK_N, BLOCK_K,
+                    CAP, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
     else:
         # flattened: the next tile's copies are under way while this one's epilogue runs
@@ -229,7 +240,7 @@ def logits_exp_tma_kernel(
             _tma_tile(
                 x_desc, w_desc, e_desc, bias_ptr, targets_ptr, offset_ptr, total_ptr,
                 dot_ptr, top_ptr, tile_m, tile_n, n, V, D, HAS_BIAS, STATISTICS, STORE,
-                BLOCK_M, BLOCK_N, BLOCK_K,
+                CAP, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
 
 
@@ -258,6 +269,7 @@ def logits_exp(
     *,
     statistics: bool,
     redo: Tensor | None = None,  # [n] uint8; only row tiles that hold such a row are computed
+    softcap: float = 0.0,  # of the logits; 0: none
 ) -> None:
     """Fill `exps` and `partials`. On a device with bulk copies `can_describe` must hold."""
     (n, D), V = x.shape, weight.shape[0]
@@ -266,6 +278,7 @@ def logits_exp(
         "STATISTICS": statistics,
         "STORE": exps is not None,
         "REDO": redo is not None,
+        "CAP": float(softcap),
         "GROUP_M": config.group_m,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -313,11 +326,14 @@ def logits_exp_ref(
     offset: Tensor,
     *,
     block_n: int,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Partials]:
     """The same in plain torch, in the dtype of `x`: E [n, V] and the partials."""
     z = x @ weight.T
     if bias is not None:
         z = z + bias
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
     d = z - offset[:, None]
     labelled = (targets >= 0).nonzero().squeeze(1)
     d[labelled, targets[labelled]] = -torch.inf
@@ -331,4 +347,6 @@ def logits_exp_ref(
         for part in d.split(block_n, 1)
     ]
     total, dot, top = (torch.stack(column) for column in zip(*parts, strict=True))
+    if softcap:
+        e = e * (1 - (z / softcap) ** 2)
     return e, Partials(total, dot, top)

@@ -1,7 +1,8 @@
 """Portable tier: logits by the library's GEMM, then one pass over each row in place.
 
 float32 logits [n, V] become E = exp(z - max) in the same memory, in float32 or a 2-byte type; the
-label's entry becomes exp(z_y - max) - S, so that E / S = softmax - onehot. A 2-byte row takes
+label's entry becomes exp(z_y - max) - S, so that E / S = softmax - onehot. Soft-capped logits take
+their cap on the way, and E the slope of it. A 2-byte row takes
 the first half of the bytes of its float32 row: every element is written behind the ones still to
 be read.
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from .launch import UNFUSED, next_power_of_2
 from .row_statistics import RowStatistics, log1p
+from .soft_cap import soft_cap, soft_cap_slope
 
 FLOAT16_TOTAL = 2.0**14  # what E of float16 is divided by to give softmax - onehot
 
@@ -39,12 +41,15 @@ def row_softmax_kernel(
     STATISTICS: tl.constexpr,
     STORE: tl.constexpr,
     TOTAL: tl.constexpr,  # what E is divided by in every row; 0: by its own S
+    CAP: tl.constexpr,  # of the logits; 0: none
     BLOCK: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + r * stride_z
     target = tl.load(targets_ptr + r)
     z_label = tl.load(z_row + tl.maximum(target, 0))
+    if CAP > 0:
+        z_label = soft_cap(z_label, CAP)
     lanes = tl.arange(0, BLOCK)
     # a running maximum and sum a lane: no reduction across the block inside the loop
     top = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
@@ -52,7 +57,10 @@ def row_softmax_kernel(
     dot = tl.zeros((BLOCK,), dtype=tl.float32)
     for v0 in range(0, V, BLOCK):
         v = v0 + lanes
-        z = tl.load(z_row + v, mask=(v < V) & (v != target), other=float("-inf"))
+        rival = (v < V) & (v != target)
+        z = tl.load(z_row + v, mask=rival, other=float("-inf"))
+        if CAP > 0:
+            z = tl.where(rival, soft_cap(z, CAP), float("-inf"))
         higher = tl.maximum(top, z)
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         shrink = tl.exp(top - safe)
@@ -64,8 +72,8 @@ def row_softmax_kernel(
         others = others * shrink + e
         top = higher
     labelled = target >= 0
-    rival = tl.max(top, 0)
-    peak = tl.where(labelled, tl.maximum(rival, z_label), rival)
+    highest = tl.max(top, 0)
+    peak = tl.where(labelled, tl.maximum(highest, z_label), highest)
     shrink = tl.where(top == float("-inf"), 0.0, tl.exp(top - peak))
     if STATISTICS:
         moved = tl.where(shrink > 0, others * shrink * (top - peak), 0.0)
@@ -87,13 +95,17 @@ def row_softmax_kernel(
     if STATISTICS:
         dot_total += tl.where(own > 0, own * (z_label - peak), 0.0)
         tl.store(entropy_ptr + r, tl.where(labelled, log_total - dot_total / total, 0.0))
-        tl.store(correct_ptr + r, labelled & (rival <= z_label))
+        tl.store(correct_ptr + r, labelled & (highest <= z_label))
     if STORE:
         e_row = e_ptr + r * stride_e
         for v0 in range(0, V, BLOCK):
             v = v0 + lanes
             z = tl.load(z_row + v, mask=v < V, other=float("-inf"))
+            if CAP > 0:
+                z = soft_cap(z, CAP)
             e = tl.where(v == target, 0.0 - rest, tl.exp(z - peak)) * grow
+            if CAP > 0:
+                e *= soft_cap_slope(z, CAP)
             # the block's writes may cover what another warp has yet to read
             tl.debug_barrier()
             tl.store(e_row + v, e.to(e_ptr.dtype.element_ty), mask=v < V)
@@ -106,8 +118,12 @@ def row_softmax(
     *,
     statistics: bool,
     store: bool = True,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, RowStatistics]:
-    """E [n, V] as a view of the logits' memory, and the rows' statistics (never to be redone)."""
+    """E [n, V] as a view of the logits' memory, and the rows' statistics (never to be redone).
+
+    softcap: those of softcap tanh(logits / softcap), and E / S is the gradient by `logits`.
+    """
     n, V = logits.shape
     out = RowStatistics.empty(logits.new_empty(n), statistics=statistics)
     exps = logits if dtype == torch.float32 else logits.view(dtype)[:, :V]
@@ -118,8 +134,8 @@ def row_softmax(
             out.total if out.entropy is None else out.entropy,
             out.redo if out.correct is None else out.correct.view(torch.uint8),
             V, logits.stride(0), exps.stride(0), STATISTICS=statistics, STORE=store,
-            TOTAL=FLOAT16_TOTAL if dtype == torch.float16 else 0.0, BLOCK=block, num_warps=8,
-            num_stages=1, **UNFUSED,
+            TOTAL=FLOAT16_TOTAL if dtype == torch.float16 else 0.0, CAP=float(softcap), BLOCK=block,
+            num_warps=8, num_stages=1, **UNFUSED,
         )  # fmt: skip
     return exps, out
 

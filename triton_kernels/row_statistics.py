@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .launch import FUSED, next_power_of_2
 from .logits_gemm import Partials
+from .soft_cap import soft_cap_slope
 
 # A sum outside these bounds (a label 66 nats from the likeliest token) is redone with the row's
 # maximum as offset: its products with the head could overflow, or its terms have underflowed.
@@ -156,6 +157,7 @@ def finish_rows_kernel(
     STATISTICS: tl.constexpr,
     STORE: tl.constexpr,
     REDONE: tl.constexpr,
+    CAP: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
@@ -191,7 +193,10 @@ def finish_rows_kernel(
         tl.store(correct_ptr + rows, labelled & (top <= z - offset), mask=inside)
     if STORE:
         entry = e_ptr + rows.to(tl.int64) * stride_e + target
-        tl.store(entry, (0.0 - others).to(e_ptr.dtype.element_ty), mask=inside & labelled)
+        value = 0.0 - others
+        if CAP > 0:
+            value *= soft_cap_slope(z, CAP)
+        tl.store(entry, value.to(e_ptr.dtype.element_ty), mask=inside & labelled)
     if not REDONE:
         redo = (total > LARGE) | (total < SMALL)
         tl.store(redo_ptr + rows, redo.to(tl.uint8), mask=inside)
@@ -207,6 +212,7 @@ def finish_rows(
     out: RowStatistics,
     *,
     redone: bool,
+    softcap: float = 0.0,  # of the logits, `label_logit` among them
 ) -> None:
     """Sum the tiles of each row, in order, into `out`.
 
@@ -220,8 +226,8 @@ def finish_rows(
         out.total, out.logp, out.logsumexp, out.total if out.entropy is None else out.entropy,
         out.redo if out.correct is None else out.correct.view(torch.uint8), out.redo, n, tiles,
         0 if exps is None else exps.stride(0), STATISTICS=out.entropy is not None,
-        STORE=exps is not None, REDONE=redone, BLOCK=block, BLOCK_TILES=block_tiles,
-        num_warps=4, num_stages=2, **FUSED,
+        STORE=exps is not None, REDONE=redone, CAP=float(softcap), BLOCK=block,
+        BLOCK_TILES=block_tiles, num_warps=4, num_stages=2, **FUSED,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ there is one is known on the device only.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .launch import gemm_config
@@ -31,22 +32,31 @@ def measure_rows(
     *,
     exps: Tensor | None = None,  # [n, V]: filled so that exps / total = softmax - onehot
     statistics: bool = False,  # entropy and correct
+    softcap: float = 0.0,
 ) -> RowStatistics:
-    """Log-likelihood and logsumexp of every row, on request entropy and correct."""
+    """Log-likelihood and logsumexp of every row, on request entropy and correct.
+
+    softcap: those of softcap tanh(logits / softcap), and exps / total the gradient by `logits`.
+    """
     n = x.shape[0]
     label_logit = row_dot(x, weight, targets, bias=bias)
+    if softcap:
+        label_logit = softcap * torch.tanh(label_logit / softcap)
     out = RowStatistics.empty(label_logit.clone(), statistics=statistics)
     if n == 0:
         return out
-    config = tuned_config(x, weight, bias, statistics=statistics)
+    config = tuned_config(x, weight, bias, statistics=statistics, softcap=softcap)
     partials = new_partials(n, weight, config, statistics=statistics)
-    logits_exp(x, weight, bias, targets, out.offset, exps, partials, config, statistics=statistics)
+    logits_exp(
+        x, weight, bias, targets, out.offset, exps, partials, config, statistics=statistics,
+        softcap=softcap,
+    )  # fmt: skip
     finish_rows(partials, label_logit, targets, None, out, redone=False)
     logits_exp(
         x, weight, bias, targets, out.offset, exps, partials, config, statistics=statistics,
-        redo=out.redo,
+        redo=out.redo, softcap=softcap,
     )  # fmt: skip
-    finish_rows(partials, label_logit, targets, exps, out, redone=True)
+    finish_rows(partials, label_logit, targets, exps, out, redone=True, softcap=softcap)
     return out
 
 

@@ -45,15 +45,18 @@ def tuned_config(
     bias: Tensor | None,  # [V]
     *,
     statistics: bool,
+    softcap: float = 0.0,
 ) -> GemmConfig:
     """The table's configuration, or the measured one where autotuning is on."""
-    usual = gemm_config(x, statistics=statistics, bias=bias is not None)
+    usual = gemm_config(x, statistics=statistics, bias=bias is not None, softcap=softcap)
     if not is_on():
         return usual
-    form = (*weight.shape, statistics, bias is not None, x.dtype)
+    form = (*weight.shape, statistics, bias is not None, x.dtype, *([softcap] if softcap else []))
     key = "|".join(map(str, (_device_name(x), triton.__version__, *form)))
     if key not in _chosen:
-        _chosen[key] = _read(key) or _measure(key, usual, x, weight, bias, statistics=statistics)
+        _chosen[key] = _read(key) or _measure(
+            key, usual, x, weight, bias, statistics=statistics, softcap=softcap
+        )
     return _chosen[key]
 
 
@@ -90,6 +93,7 @@ def _measure(
     bias: Tensor | None,
     *,
     statistics: bool,
+    softcap: float,
 ) -> GemmConfig:
     x = x[:ROWS]
     n, V = x.shape[0], weight.shape[0]
@@ -102,8 +106,9 @@ def _measure(
         def run(config: GemmConfig = config) -> None:
             partials = new_partials(n, weight, config, statistics=statistics)
             logits_exp(
-                x, weight, bias, targets, offset, exps, partials, config, statistics=statistics
-            )
+                x, weight, bias, targets, offset, exps, partials, config, statistics=statistics,
+                softcap=softcap,
+            )  # fmt: skip
 
         try:
             times[config] = milliseconds(run)

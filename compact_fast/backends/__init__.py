@@ -75,7 +75,7 @@ def choose(backend: str | CompactBackend = "auto", spec: RunSpec | None = None) 
         found = backend
     if found.abi != ABI:
         raise ValueError(f"backend {found.name!r} has abi {found.abi}, this version needs {ABI}")
-    verdict = True if spec is None else found.can_run(spec)
+    verdict = True if spec is None else _verdict(found, spec)
     if verdict is not True:
         raise ValueError(f"backend {found.name!r} cannot run: {verdict}")
     return Choice(found, "requested")
@@ -84,7 +84,7 @@ def choose(backend: str | CompactBackend = "auto", spec: RunSpec | None = None) 
 def _first_that_can(spec: RunSpec) -> Choice:
     refused: list[str] = []
     for name in _AUTO_ORDER:
-        verdict = _BUILT_IN[name].can_run(spec)
+        verdict = _verdict(_BUILT_IN[name], spec)
         if name == "triton" and spec.device.type == "cpu" and verdict is True:
             verdict = "on a CPU its kernels run in Triton's interpreter, only when asked for"
         if verdict is True:
@@ -94,6 +94,13 @@ def _first_that_can(spec: RunSpec) -> Choice:
             return choice
         refused.append(f"{name}: {verdict}")
     raise ValueError("no backend can run here: " + "; ".join(refused))
+
+
+def _verdict(backend: CompactBackend, spec: RunSpec) -> bool | str:
+    """`can_run`, of a backend that may know nothing of soft-capped logits."""
+    if spec.softcap and not getattr(backend, "caps_logits", False):
+        return f"it does not cap logits (softcap={spec.softcap})"
+    return backend.can_run(spec)
 
 
 def _say_once(choice: Choice, spec: RunSpec, *, fell_back: bool) -> None:

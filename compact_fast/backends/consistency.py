@@ -22,6 +22,7 @@ from compact_fast.backends.pairs import STEP_BYTES, Aligned, Comparison
 from compact_fast.config import CompactConfig
 from compact_fast.layout import TokenLayout
 from compact_fast.reference import consistency_spans
+from compact_fast.softcap import slope
 
 # (rows [n], hidden of the rows [n, D], gradient of their logits [n, V], scale [n])
 AddGradient = Callable[[Head, Tensor, Tensor, Tensor, Tensor], None]
@@ -70,6 +71,7 @@ class AnswerRows:
     spans: Spans
     live: Sequence[bool]  # [S]
     at: Tensor  # [A]; rising packed positions
+    head: Head
     logits: list[Tensor] = field(default_factory=list)  # [A, w] of every block of the vocabulary
 
     @classmethod
@@ -92,7 +94,7 @@ class AnswerRows:
         at = torch.tensor(sorted(wanted), device=rows.device)
         if not bool(torch.isin(at, rows).all()):
             return None
-        return cls(spans, live, at)
+        return cls(spans, live, at, head)
 
     def compare(
         self,
@@ -108,8 +110,8 @@ class AnswerRows:
         """Write these questions' values to `out`; turn logits into gradients.
 
         With `scale`, a row's logits become scale x (softmax - onehot(target)) + pull x the
-        gradient of its question's value. Returns the questions that were left out because a
-        teacher that was not live has a weight after all.
+        gradient of its question's value, by the head's products. Returns the questions that were
+        left out because a teacher that was not live has a weight after all.
         """
         left_over, compared, aligned = [], [], []
         for q in questions:
@@ -125,8 +127,12 @@ class AnswerRows:
                 comparison.add(z)
             out[compared] = comparison.values().to(out.dtype)
         if scale is not None:
+            slopes = [self.head.slope(z) for z in self.logits]
             comparison.differentiate(self.logits, scale, pull)
             self._subtract(targets, scale)
+            for z, steep in zip(self.logits, slopes, strict=True):
+                if steep is not None:
+                    z.mul_(steep)
         return left_over
 
     def _subtract(self, targets: Tensor, amount: Tensor) -> None:
@@ -162,11 +168,11 @@ def add_consistency(
             block = slice(r, r + step)
             at, inside = found.rows[block], found.inside[block]
             z = head.logits(hidden[at.reshape(-1)])
-            wanted = None if add_gradient is None else pull
+            wanted, steep = (None, None) if add_gradient is None else (pull, head.slope(z))
             out[q] += _compare(z, inside, found.coefficients[block], wanted)
             if add_gradient is not None:
                 rows = at[inside]
-                gradient = z[inside.reshape(-1)]
+                gradient = (z if steep is None else z * steep)[inside.reshape(-1)]
                 add_gradient(head, rows, hidden[rows], gradient, gradient.new_ones(rows.shape))
 
 
@@ -174,8 +180,10 @@ def compare_stretches(
     logits: Sequence[Tensor],  # [n_k, V] of teacher k, one at least
     alpha: Sequence[float],  # all > 0
     floor: float,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """(sum_{i<j} alpha_i alpha_j D_ij, its gradient by the logits [n_k, V] of those it reads)."""
+    """(sum_{i<j} alpha_i alpha_j D_ij, its gradient [n_k, V] by the head's products of those it
+    reads, whose logits are capped)."""
     lengths = torch.tensor([z.shape[0] for z in logits], device=logits[0].device)
     found = _alignment(logits[0].new_tensor(alpha), lengths, floor)
     if found is None:
@@ -190,6 +198,8 @@ def compare_stretches(
             pulls[k] = torch.zeros_like(z)
             n = min(z.shape[0], len(inside))
             pulls[k][:n] = together[:n, k]
+            if softcap:
+                pulls[k] *= slope(z, softcap)
     return value, pulls
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compact_fast.products import LONGEST, ROWS, multiply, quick
 from compact_fast.scores import statistics_dtype
+from compact_fast.softcap import cap_, slope
 
 BLOCK_BYTES = 4 << 20  # logits of a block of the vocabulary, to stay in cache
 LEAST_WIDTH = 2048  # of a block, where there are many rows; narrower products are slower
@@ -30,10 +31,15 @@ def off_page(width: int) -> int:
 
 
 class Head:
-    """Products with the unembedding W [V, D] and bias [V], in float32 (float64 for float64)."""
+    """Products with the unembedding W [V, D] and bias [V], in float32 (float64 for float64).
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, chunk_bytes: int) -> None:
-        self.weight = weight
+    softcap: of the logits; 0: none.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, chunk_bytes: int, softcap: float = 0.0
+    ) -> None:
+        self.weight, self.softcap = weight, softcap
         self.dtype = statistics_dtype(weight.dtype)
         self.bias = None if bias is None else bias.to(self.dtype)
         self.vocab, self.width = weight.shape
@@ -84,7 +90,11 @@ class Head:
             z = self._quick(x, block)
         if self.bias is not None:
             z += self.bias[a : a + block.shape[0]]
-        return z
+        return cap_(z, self.softcap)
+
+    def slope(self, z: Tensor) -> Tensor | None:
+        """What a gradient by these logits is multiplied with to be one by the products; None: 1."""
+        return slope(z, self.softcap) if self.softcap else None
 
     def add_back(self, into: Tensor, g: Tensor, block: Tensor) -> None:
         """Add the first n rows of g [n or more, w] times the vocabulary block [w, D] to `into`

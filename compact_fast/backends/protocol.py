@@ -28,6 +28,7 @@ class RunSpec:
     hidden_size: int
     head_bias: bool = False
     head_dtype: torch.dtype | None = None  # of the unembedding; None: that of the hidden states
+    softcap: float = 0.0  # of the logits, 0: none
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -85,7 +86,9 @@ class CompactBackend(Protocol):
     Arguments have been checked for shape, dtype and device, and autocast is off. They are all on
     one device; a backend with an attribute `takes_host_layout = True` may be handed a layout, or
     the targets of token_logp, on the CPU, so that it can read it without waiting for the device.
-    Only a backend with an attribute `skips_blocks = True` is given a config with `skip_below` > 0.
+    Only a backend with an attribute `skips_blocks = True` is given a config with `skip_below` > 0,
+    and only one with `caps_logits = True` is given a `softcap`, where it is > 0: logits are then
+    softcap tanh((W h + bias) / softcap), those that `mi="logit"` reads included.
     """
 
     @property
@@ -110,6 +113,7 @@ class CompactBackend(Protocol):
         normalizer: float | None,
         needs: Needs,
         statistics: bool,
+        softcap: float = 0.0,
     ) -> LossResult:
         """Scores, weights, loss and the gradients of the loss, in one pass."""
         ...
@@ -121,6 +125,7 @@ class CompactBackend(Protocol):
         bias: Tensor | None,  # [V]
         targets: Tensor,  # [T]
         statistics: bool,
+        softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(log-likelihood, entropy, correct) [T] each; the last two if statistics are wanted."""
         ...
@@ -133,6 +138,7 @@ class CompactBackend(Protocol):
         bias: Tensor | None,  # [V]
         targets: Tensor,  # [T]
         needs: Needs,
+        softcap: float = 0.0,
     ) -> Gradients:
         """Gradients of sum_t grad_logp_t logp_t."""
         ...

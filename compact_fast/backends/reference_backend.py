@@ -25,6 +25,7 @@ class ReferenceBackend:
     name: str = "reference"
     abi: int = ABI
     skips_blocks: bool = True
+    caps_logits: bool = True
 
     def can_run(self, spec: RunSpec) -> bool | str:
         """Always, given the memory for [T, V] logits."""
@@ -42,6 +43,7 @@ class ReferenceBackend:
         normalizer: float | None,
         needs: Needs,
         statistics: bool,
+        softcap: float = 0.0,
     ) -> LossResult:
         """See CompactBackend."""
         out, gradients = _with_gradients(
@@ -54,6 +56,7 @@ class ReferenceBackend:
                 config=config,
                 normalizer=normalizer,
                 head_bias=b,
+                softcap=softcap,
             ),
             lambda out: out.loss,
             (hidden, weight, bias),
@@ -90,9 +93,10 @@ class ReferenceBackend:
         bias: Tensor | None,
         targets: Tensor,
         statistics: bool,
+        softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See CompactBackend."""
-        logp = reference.log_softmax(hidden, weight, bias)
+        logp = reference.log_softmax(hidden, weight, bias, softcap)
         return (
             reference.pick_targets(logp, targets),
             reference.entropy(logp, targets) if statistics else None,
@@ -107,10 +111,11 @@ class ReferenceBackend:
         bias: Tensor | None,
         targets: Tensor,
         needs: Needs,
+        softcap: float = 0.0,
     ) -> Gradients:
         """See CompactBackend."""
         return _with_gradients(
-            lambda h, w, b: reference.token_logp(h, w, targets, head_bias=b),
+            lambda h, w, b: reference.token_logp(h, w, targets, head_bias=b, softcap=softcap),
             lambda logp: (logp * grad_logp).sum(),
             (hidden, weight, bias),
             needs,

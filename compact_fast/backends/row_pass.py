@@ -71,7 +71,12 @@ class RowPass:
             z = head.multiply(x, block, a, place)
             if kept is not None:
                 kept[:, a:b] = z[at : at + kept.shape[0]]
+            slope = head.slope(z)
             shrink = online.update(z, a, NO_ROWS if held is None else held.raw)
+            if slope is not None:
+                if held is not None:
+                    slope[held.raw] = 1.0  # logits as yet
+                z.mul_(slope)
             if held is not None:
                 held.take(i, z, online.peak)
             if sparse is not None:
@@ -83,7 +88,7 @@ class RowPass:
         if back:
             assert out is not None
             own = head.weight[targets[:back]].to(head.dtype)
-            into.addcmul_(own, soft.rest[:back, None], value=-1)
+            into.addcmul_(own, self._of_targets(soft)[:back, None], value=-1)
             out[rows[:back]] = into.mul_(soft.factor[:back, None])
         return soft
 
@@ -122,13 +127,20 @@ class RowPass:
         def again(i: int) -> Tensor:
             a, b = held.blocks[i]
             z = head.multiply(x, head.block(a, b), a, None if head.makes_memory else held.room(i))
+            slope = head.slope(z)
             online.update(z, a)  # the same logits, so below the same peak
-            return z
+            return z if slope is None else z.mul_(slope)
 
         held.add_to(grads, x, factor, soft.peak, runs(scale != 0), again)
         own = scale != 0
         own[held.raw] = False
-        grads.subtract_targets(head, rows, x, targets, factor * soft.rest, own, hidden=False)
+        amount = factor * self._of_targets(soft)
+        grads.subtract_targets(head, rows, x, targets, amount, own, hidden=False)
+
+    def _of_targets(self, soft: Softmax) -> Tensor:
+        """What `factor` makes minus the gradient by the targets' products, [n]."""
+        slope = self.head.slope((soft.logp + soft.logsumexp).to(soft.rest.dtype))
+        return soft.rest if slope is None else soft.rest * slope
 
     def room_to_hold(self, n: int, grads: GradientSums, most: int, raw: slice) -> HeldRows:
         """Room for n rows, of `most` elements beside the gradient; the next call takes it away."""

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from compact_fast.backends.assembly import TokenStatistics, assemble
 from compact_fast.backends.consistency import AnswerRows, Spans, add_consistency
-from compact_fast.backends.gradients import FEW, GradientSums
+from compact_fast.backends.gold_logits import gold_logits
+from compact_fast.backends.gradients import GradientSums
 from compact_fast.backends.head import BLOCK_BYTES, LEAST_ROWS, LEAST_WIDTH, Head
 from compact_fast.backends.held_rows import least_spare, most_asked, most_inside
 from compact_fast.backends.online import Softmax
@@ -39,7 +40,6 @@ from compact_fast.backends.sparse_rows import Left, SparseRows
 from compact_fast.config import CompactConfig
 from compact_fast.heap import can_trim, trim
 from compact_fast.layout import TokenLayout
-from compact_fast.reference import mean_gold
 from compact_fast.scores import (
     TeacherWeights,
     adaptability,
@@ -78,6 +78,7 @@ class TorchBackend:
     name: str = "torch"
     abi: int = ABI
     skips_blocks: bool = True
+    caps_logits: bool = True
 
     def can_run(self, spec: RunSpec) -> bool | str:
         """Always: it is the backend that others fall back to."""
@@ -95,9 +96,10 @@ class TorchBackend:
         normalizer: float | None,
         needs: Needs,
         statistics: bool,
+        softcap: float = 0.0,
     ) -> LossResult:
         """See CompactBackend."""
-        head = Head(weight, bias, self.chunk_bytes)
+        head = Head(weight, bias, self.chunk_bytes, softcap)
         grads = GradientSums.empty(hidden, weight, bias, needs, head.dtype)
         rows = RowPass(head, hidden, layout.targets, self._stream_rows(head), statistics)
         work = _Pass(self, layout, consensus, attention, config, normalizer, rows, grads)
@@ -110,9 +112,10 @@ class TorchBackend:
         bias: Tensor | None,
         targets: Tensor,
         statistics: bool,
+        softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See CompactBackend."""
-        head = Head(weight, bias, self.chunk_bytes)
+        head = Head(weight, bias, self.chunk_bytes, softcap)
         work = RowPass(head, hidden, targets, self._stream_rows(head), statistics)
         for rows in torch.split((targets >= 0).nonzero().squeeze(1), work.most):
             work.measure(rows)
@@ -128,9 +131,10 @@ class TorchBackend:
         bias: Tensor | None,
         targets: Tensor,
         needs: Needs,
+        softcap: float = 0.0,
     ) -> Gradients:
         """See CompactBackend; logits are made again."""
-        head = Head(weight, bias, self.chunk_bytes)
+        head = Head(weight, bias, self.chunk_bytes, softcap)
         grads = GradientSums.empty(hidden, weight, bias, needs, head.dtype)
         work = RowPass(head, hidden, targets, self._stream_rows(head), statistics=False)
         wanted = (targets >= 0) & (grad_logp != 0)
@@ -164,7 +168,7 @@ class _Pass:
         stats, hidden = self.work.stats, self.work.hidden
         # what gradients are divided by while they are made; corrected if questions turn out empty
         self.assumed = float(self.normalizer or layout.num_questions)
-        self.gold_logit = self._gold_logit(hidden, head.weight, head.dtype)
+        self.gold_logit = gold_logits(head, hidden, layout, config)
         self.spans = Spans.of(layout, config)
         self.divergence = torch.zeros(layout.num_questions, dtype=head.dtype, device=layout.device)
         self.left_over: list[int] = []  # questions whose consistency comes last
@@ -458,22 +462,6 @@ class _Pass:
         order = kind.argsort(stable=True)
         count = int((kind == 0).sum())
         return Group(questions, slice(*teachers), rows[order], count, answers)
-
-    def _gold_logit(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """<h_t, mean of the question's gold rows> where MI needs it, 0 elsewhere, [T].
-
-        The head's bias would add a constant, which the difference along the sequence cancels.
-        """
-        layout = self.layout
-        if layout.gold_ids is None or layout.cu_gold is None or self.config.mi == "pvi":
-            return None
-        gold = mean_gold(weight[layout.gold_ids].to(dtype), layout.cu_gold)  # [Q, D]
-        out = torch.zeros(layout.num_tokens, dtype=dtype, device=layout.device)
-        needed = information_positions(layout, self.config).nonzero().squeeze(1)
-        for at in torch.split(needed, FEW):  # without fresh memory for all of them
-            question = layout.sequence_question[layout.token_sequence[at]]
-            out[at] = (hidden[at].to(dtype) * gold[question]).sum(-1)
-        return out
 
     def _score(
         self, group: Group, stats: TokenStatistics, gold_logit: Tensor | None

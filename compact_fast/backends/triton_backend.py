@@ -51,6 +51,7 @@ class TritonBackend:
     abi: int = ABI
     takes_host_layout: bool = True
     skips_blocks: bool = True
+    caps_logits: bool = True
 
     def can_run(self, spec: RunSpec) -> bool | str:
         """True, or what is missing."""
@@ -86,6 +87,7 @@ class TritonBackend:
         normalizer: float | None,
         needs: Needs,
         statistics: bool,
+        softcap: float = 0.0,
     ) -> LossResult:
         """See CompactBackend. With a layout on the CPU nothing waits for the device."""
         from compact_fast.backends.triton_pass import TritonPass
@@ -102,7 +104,7 @@ class TritonBackend:
         if hidden.stride(1) != 1:
             hidden = hidden.contiguous()
         with _device_of(hidden):
-            head = DeviceHead.of(self, hidden, weight, bias)
+            head = DeviceHead.of(self, hidden, weight, bias, softcap)
             skipping = None
             if config.skip_below > 0:
                 skipping = SkippingProducts.of(config.skip_below, head, layout.num_tokens)
@@ -125,12 +127,13 @@ class TritonBackend:
         bias: Tensor | None,
         targets: Tensor,
         statistics: bool,
+        softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See CompactBackend. With targets on the CPU nothing waits for the device."""
         from compact_fast.backends.triton_rows import DeviceHead
 
         with _device_of(hidden):
-            head = DeviceHead.of(self, hidden, weight, bias)
+            head = DeviceHead.of(self, hidden, weight, bias, softcap)
             there, labelled = _labelled(targets, hidden.device)
             stats = TokenStatistics.empty(there, torch.float32, full=statistics)
             for rows in head.chunks(labelled):
@@ -146,6 +149,7 @@ class TritonBackend:
         bias: Tensor | None,
         targets: Tensor,
         needs: Needs,
+        softcap: float = 0.0,
     ) -> Gradients:
         """See CompactBackend; logits are made again, and nothing waits as in `token_logp`."""
         from compact_fast.backends.triton_rows import DeviceHead, GradientSums
@@ -153,7 +157,7 @@ class TritonBackend:
 
         upstream = grad_logp.float()
         with _device_of(hidden):
-            head = DeviceHead.of(self, hidden, weight, bias)
+            head = DeviceHead.of(self, hidden, weight, bias, softcap)
             there, labelled = _labelled(targets, hidden.device)
             unit = head.unit_on_device(upstream)
             grads = GradientSums.zeros(hidden, weight, bias, needs, unit)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compact_fast.backends.assembly import TokenStatistics, assemble
+from compact_fast.backends.gold_logits import mean_capped
 from compact_fast.backends.protocol import LossResult, Needs
 from compact_fast.backends.triton_plan import (
     ConsistencyPlan,
@@ -20,6 +21,7 @@ from compact_fast.backends.triton_plan import (
 from compact_fast.backends.triton_rows import DeviceHead, GradientSums, say_once
 from compact_fast.backends.triton_skip import SkippingProducts
 from compact_fast.config import CompactConfig
+from compact_fast.softcap import slope
 from compact_fast.triton_kernels.consistency import consistency
 from compact_fast.triton_kernels.gradient_rows import clear_rows, row_factors, scale_rows
 from compact_fast.triton_kernels.row_statistics import RowStatistics, row_dot
@@ -197,15 +199,25 @@ class TritonPass:
     # ---- scores ------------------------------------------------------------------------------
 
     def _gold_logit(self, hidden: Tensor) -> Tensor | None:
-        """<h_t, mean of the question's gold rows> where MI needs it, 0 elsewhere, [T]."""
-        plan, counts = self.plan, self.plan.gold_counts
+        """<h_t, mean of the question's gold rows> where MI needs it, 0 elsewhere, [T]; with a cap
+        the mean of their capped logits."""
+        plan, head, counts = self.plan, self.head, self.plan.gold_counts
         if plan.gold_ids is None or counts is None:
             return None
-        rows = self.head.weight[plan.gold_ids].float()
+        rows = head.weight[plan.gold_ids].float()
+        out = torch.zeros_like(plan.targets, dtype=torch.float32)
+        if head.softcap:
+            bias = None if head.bias is None else head.bias[plan.gold_ids].float()
+            for at, q in zip(
+                head.chunks(plan.information_rows),
+                head.chunks(plan.information_question),
+                strict=True,
+            ):
+                out[at] = mean_capped(hidden[at].float(), rows, bias, counts, q, head.softcap)
+            return out
         # in the order of the tokens; index_add would use atomics
         total = torch.segment_reduce(rows, "sum", lengths=counts, axis=0, unsafe=True)
         gold = total / counts[:, None]  # [Q, D]; NaN without a gold answer
-        out = torch.zeros_like(plan.targets, dtype=torch.float32)
         out[plan.information_rows] = row_dot(
             hidden.detach(), gold, plan.information_question, rows=plan.information_rows
         )
@@ -263,8 +275,9 @@ class TritonPass:
         x = self.head.take(hidden, rows.clamp(min=0))
         logits = self.head.logits(x)
         # these are few rows; their smallest entries would vanish in float16
-        narrow = self.head.dtype == torch.bfloat16
-        grad = torch.empty_like(logits, dtype=torch.bfloat16 if narrow else torch.float32)
+        narrow, cap = self.head.dtype == torch.bfloat16, self.head.softcap
+        once = narrow and not cap  # rounded
+        grad = torch.empty_like(logits, dtype=torch.bfloat16 if once else torch.float32)
         value: Tensor = consistency(
             logits,
             weight,
@@ -273,6 +286,8 @@ class TritonPass:
             teachers=plan.teachers,
             pair_floor=self.config.pair_floor,
         )
+        if cap:
+            grad = grad.mul_(slope(logits, cap)).to(torch.bfloat16 if narrow else torch.float32)
         there = (lengths > 0) & (weight > 0)
         factor = torch.where(there, self.config.consistency_weight, 0.0).float()
         self.head.add_gradients(grads, rows, x, grad, factor, add=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compact_fast.backends.protocol import Gradients, Needs
+from compact_fast.softcap import cap_
 from compact_fast.triton_kernels.gradient_rows import scale_rows
 from compact_fast.triton_kernels.gradient_scale import divide_into
 from compact_fast.triton_kernels.launch import architecture
@@ -131,6 +132,7 @@ class DeviceHead:
     fused: exponentials come out of the GEMM. Those of float16 do not: exp(z - z_label) leaves its
         range, and what would fit is known once the row is complete.
     sums: where no exponentials are kept, their sums come out of the GEMM.
+    softcap: of the logits; 0: none.
     """
 
     weight: Tensor
@@ -140,11 +142,17 @@ class DeviceHead:
     hold_bytes: int
     fused: bool
     sums: bool
+    softcap: float = 0.0
     _buffer: Tensor | None = None
 
     @classmethod
     def of(
-        cls, backend: TritonBackend, hidden: Tensor, weight: Tensor, bias: Tensor | None
+        cls,
+        backend: TritonBackend,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        softcap: float = 0.0,
     ) -> DeviceHead:
         """Raises ValueError where tier="fused" cannot be had."""
         weight = weight.detach()
@@ -165,7 +173,8 @@ class DeviceHead:
         bias = None if bias is None else bias.detach().contiguous()
         sums = fits and backend.tier != "library"
         fused = sums and dtype == torch.bfloat16
-        return cls(weight, bias, dtype, backend.chunk_bytes, backend.hold_bytes, fused, sums)
+        sizes = (backend.chunk_bytes, backend.hold_bytes)
+        return cls(weight, bias, dtype, *sizes, fused, sums, softcap)
 
     @property
     def vocab(self) -> int:
@@ -224,10 +233,11 @@ class DeviceHead:
         return self._buffer[:n, : self.vocab]
 
     def logits(self, x: Tensor) -> Tensor:
-        """Float32 logits [n, V] of x [n, D] in new memory."""
-        return self._logits_into(x, x.new_empty((x.shape[0], self.vocab), dtype=torch.float32))
+        """Float32 logits [n, V] of x [n, D], capped, in new memory."""
+        out = x.new_empty((x.shape[0], self.vocab), dtype=torch.float32)
+        return cap_(self._products(x, out), self.softcap)
 
-    def _logits_into(self, x: Tensor, z: Tensor) -> Tensor:
+    def _products(self, x: Tensor, z: Tensor) -> Tensor:
         for part, weight in self._parts(x.dtype):
             product(x, weight.T, out=z[:, part])
         return z if self.bias is None else z.add_(self.bias)
@@ -255,13 +265,19 @@ class DeviceHead:
     def measure(
         self, x: Tensor, targets: Tensor, *, keep: bool, statistics: bool
     ) -> tuple[Tensor | None, RowStatistics]:
-        """(E [n, V] if `keep`, statistics): E / statistics.total = softmax - onehot."""
+        """(E [n, V] if `keep`, statistics): E / statistics.total = softmax - onehot, times the
+        slope of the cap."""
+        cap = self.softcap
         if self.fused or (self.sums and not keep):
             exps = self._memory(x.shape[0]) if keep else None
-            out = measure_rows(x, self.weight, self.bias, targets, exps=exps, statistics=statistics)
+            out = measure_rows(
+                x, self.weight, self.bias, targets, exps=exps, statistics=statistics, softcap=cap
+            )
             return exps, out
-        z = self._logits_into(x, self._memory(x.shape[0]))
-        exps, out = row_softmax(z, targets, self.dtype, statistics=statistics, store=keep)
+        z = self._products(x, self._memory(x.shape[0]))
+        exps, out = row_softmax(
+            z, targets, self.dtype, statistics=statistics, store=keep, softcap=cap
+        )
         return exps if keep else None, out
 
     def add_gradients(

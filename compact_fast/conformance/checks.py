@@ -32,6 +32,7 @@ from compact_fast.conformance.judge import (
     on_device,
     truth,
 )
+from compact_fast.conformance.soft_cap import check_soft_cap
 from compact_fast.testing import RandomBatch, random_batch
 
 PLAIN = CompactConfig(consistency="off", filter_below=0.0)
@@ -506,5 +507,6 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_determinism,
     check_strides,
     check_small_gradients,
+    check_soft_cap,
     check_arguments_untouched,
 )

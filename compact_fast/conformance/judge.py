@@ -50,10 +50,11 @@ class Subject:
         needs: Needs = ALL,
         normalizer: float | None = None,
         statistics: bool = False,
+        softcap: float = 0.0,
     ) -> LossResult:
         """The backend's answer, on the CPU."""
         there = on_device(batch, self.device)
-        return to_cpu(call(self.backend, there, config, needs, normalizer, statistics))
+        return to_cpu(call(self.backend, there, config, needs, normalizer, statistics, softcap))
 
 
 def call(
@@ -63,6 +64,7 @@ def call(
     needs: Needs = ALL,
     normalizer: float | None = None,
     statistics: bool = False,
+    softcap: float = 0.0,
 ) -> LossResult:
     """One call of a backend's `score_and_loss`."""
     return backend.score_and_loss(
@@ -76,6 +78,7 @@ def call(
         normalizer,
         needs,
         statistics,
+        *((softcap,) if softcap else ()),
     )
 
 
@@ -107,9 +110,9 @@ def in_float64(batch: RandomBatch) -> RandomBatch:
     return replace(batch, **{n: getattr(batch, n).double() for n in names})
 
 
-def truth(batch: RandomBatch, config: CompactConfig) -> LossResult:
+def truth(batch: RandomBatch, config: CompactConfig, softcap: float = 0.0) -> LossResult:
     """The reference in float64."""
-    return call(REFERENCE, in_float64(batch), config, statistics=True)
+    return call(REFERENCE, in_float64(batch), config, statistics=True, softcap=softcap)
 
 
 def allowed(own: Tensor, exact: Tensor, dtype: torch.dtype) -> float:

@@ -83,7 +83,12 @@ def logp_at(
         rows = torch.tensor(flat, dtype=torch.long, device=device)
         hidden = hidden.reshape(-1, hidden.shape[-1])[rows]
         logp = token_logp(
-            hidden, parts.weight, wanted.to(device), backend=backend, head_bias=parts.bias
+            hidden,
+            parts.weight,
+            wanted.to(device),
+            backend=backend,
+            head_bias=parts.bias,
+            softcap=parts.softcap,
         )
         pieces = torch.split_with_sizes(logp.cpu(), [len(targets[i]) for i in batch])
         for i, piece in zip(batch, pieces, strict=True):

@@ -113,6 +113,7 @@ def _logp_by_segments(
             wanted.to(device),
             backend=backend,
             head_bias=parts.bias,
+            softcap=parts.softcap,
         )
         pieces = iter(torch.split(logp.cpu(), lengths))
         for i, row in zip(batch, chosen, strict=True):

@@ -15,6 +15,7 @@ from compact_fast.students.parts import (
     check_head,
     inference,
     is_sharded,
+    logit_scale,
     through,
     unwrap,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "inference",
     "is_sharded",
     "load_student",
+    "logit_scale",
     "merged",
     "prepare_checkpointing",
     "resolve_dtype",

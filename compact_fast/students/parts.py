@@ -15,22 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Settings by which known families change logits after the head; neutral values are harmless.
-_LOGIT_CHANGES = {
-    "final_logit_softcapping": (None, 0),
-    "output_logit_soft_cap": (None, 0),
-    "logit_scale": (None, 1),
-    "logits_scaling": (None, 1),
-    "lm_head_multiplier": (None, 1),
-}
+from compact_fast.softcap import capped
+
+# How known families name what they do to logits; `check_head` compares with the model's own.
+_SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap")
+_FACTORS = ("logit_scale", "lm_head_multiplier")
+_MULTIPLIES = ("hyperclovax",)  # where `logits_scaling` is a factor; elsewhere it divides
 
 
 @dataclass(frozen=True)
 class BodyAndHead:
-    """The two halves of a causal language model."""
+    """The two halves of a causal language model.
 
-    body: Callable[..., Tensor]  # (input_ids, attention_mask=None) -> last hidden state [S, L, D]
+    body: (input_ids, attention_mask=None) -> last hidden state [S, L, D], times the logits' scale,
+        so that the head's products are the logits, but for the cap.
+    softcap: logits are softcap tanh(product / softcap); 0: they are the products.
+    """
+
+    body: Callable[..., Tensor]
     head: Any
+    softcap: float = 0.0
 
     @property
     def weight(self) -> Tensor:
@@ -70,18 +74,13 @@ def causal_model(model: Any) -> Any:
 def body_and_head(model: Any) -> BodyAndHead:
     """Split a causal language model into the body that makes hidden states, and the head.
 
-    Raises ValueError, naming the value, for what would make logits differ from `hidden @ W.T`:
-    soft-capping, a logit scale, an adapter on the head.
+    Raises ValueError, naming it, for an adapter on the head, which would make logits differ from
+    `hidden @ W.T`.
     """
     causal = causal_model(model)
     body, head = causal.base_model, causal.get_output_embeddings()
     if body is causal or head is None:
         raise ValueError(f"{type(causal).__name__} is not a causal language model with a head")
-    config = causal.config.get_text_config()
-    for name, neutral in _LOGIT_CHANGES.items():
-        value = getattr(config, name, None)
-        if value not in neutral:
-            raise ValueError(f"{type(causal).__name__}: {name}={value} is not supported")
     if hasattr(head, "modules_to_save"):  # peft trains a whole copy of the head
         head = head.modules_to_save[head.active_adapter]
     if hasattr(head, "lora_A") or hasattr(head, "base_layer"):
@@ -93,9 +92,24 @@ def body_and_head(model: Any) -> BodyAndHead:
     def run(input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         if is_sharded(causal):  # its own hooks gather embeddings, last norm and head
             return through(causal, input_ids, attention_mask, **kwargs)
-        return hidden_states(body, input_ids, attention_mask, **kwargs)
+        return hidden_states(causal, input_ids, attention_mask, **kwargs)
 
-    return BodyAndHead(run, head)
+    return BodyAndHead(run, head, _softcap(causal))
+
+
+def logit_scale(model: Any) -> float:
+    """What a model multiplies its head's products with (Cohere, Granite, Falcon-H1 and alike)."""
+    config = causal_model(model).config.get_text_config()
+    scale = 1.0
+    for name in _FACTORS:
+        scale *= getattr(config, name, None) or 1.0
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    return float(scale * scaling if config.model_type in _MULTIPLIES else scale / scaling)
+
+
+def _softcap(causal: Any) -> float:
+    config = causal.config.get_text_config()
+    return float(next(filter(None, (getattr(config, name, None) for name in _SOFTCAPS)), 0.0))
 
 
 def is_sharded(model: Any) -> bool:
@@ -119,7 +133,7 @@ def through(
     def forward(input_ids: Tensor, attention_mask: Tensor | None = None, **given: Any) -> Tensor:
         # wrappers add arguments that the body lacks
         named = {name: given[name] for name in kwargs}
-        return hidden_states(causal.base_model, input_ids, attention_mask, **named)
+        return hidden_states(causal, input_ids, attention_mask, **named)
 
     before = causal.__dict__.get("forward")
     causal.forward = forward
@@ -134,14 +148,16 @@ def through(
 
 
 def hidden_states(
-    body: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    causal: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Tensor:
-    """Last hidden state [S, L, D] after the final norm; the one way in which bodies are called."""
+    """Last hidden state [S, L, D] after the final norm, as the head is to be multiplied with it;
+    the one way in which bodies are called."""
+    body, scale = causal.base_model, logit_scale(causal)
     if "use_cache" in inspect.signature(body.forward).parameters or _takes_kwargs(body):
         kwargs["use_cache"] = False
     out = body(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
     hidden: Tensor = out.last_hidden_state
-    return hidden
+    return hidden if scale == 1 else hidden * scale
 
 
 def _takes_kwargs(module: nn.Module) -> bool:
@@ -158,7 +174,7 @@ def head_name(model: Any) -> str:
 
 @torch.no_grad()
 def check_head(model: Any) -> None:
-    """Compare the model's own logits with `hidden @ W.T + b` on three tokens.
+    """Compare the model's own logits with `hidden @ W.T + b`, capped, on three tokens.
 
     Raises ValueError when they differ: such a model changes its logits in a way this project does
     not know, and would be trained on wrong likelihoods.
@@ -170,6 +186,7 @@ def check_head(model: Any) -> None:
     with inference(causal):
         own = causal(input_ids=ids).logits.float()
         ours = nn.functional.linear(parts.body(ids), parts.weight, parts.bias).float()
+        ours = capped(ours, parts.softcap)
     if not bool(own.isfinite().all()):
         raise ValueError(f"{type(causal).__name__}: its logits are not finite; are its weights?")
     error = float((own - ours).abs().max() / own.abs().max().clamp(min=1e-6))

@@ -8,12 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compact_fast.students.parts import causal_model, inference, is_unit
+from compact_fast.students.parts import causal_model, inference, is_unit, logit_scale
 
 
 @dataclass(frozen=True)
 class AttentionProjections:
-    """Query and key maps of the last decoder layer: no rotation, no norm, adapters included."""
+    """Query and key maps of the last decoder layer: no rotation, no norm, adapters included.
+
+    They take what a body makes, and undo the logits' scale in it.
+    """
 
     queries: Callable[[Tensor], Tensor]  # [S, D] -> [S, num_heads * head_dim]
     keys: Callable[[Tensor], Tensor]  # [S, D] -> [S, num_kv_heads * head_dim]
@@ -28,7 +31,7 @@ def attention_projections(model: Any) -> AttentionProjections:
     Raises ValueError, naming the layer's class, where there are none.
     """
     causal = causal_model(model)
-    config = causal.config.get_text_config()
+    config, scale = causal.config.get_text_config(), logit_scale(causal)
     layers = getattr(causal.base_model, "layers", None)
     last = layers[-1] if layers is not None else None
     attention = getattr(last, "self_attn", None)
@@ -37,10 +40,10 @@ def attention_projections(model: Any) -> AttentionProjections:
     fused = getattr(attention, "qkv_proj", None)
     if q is not None and k is not None:
         widths = (q.out_features, k.out_features)
-        queries, keys = _without_dropout(q, last), _without_dropout(k, last)
+        queries, keys = _without_dropout(q, last, scale), _without_dropout(k, last, scale)
     elif fused is not None:
         widths = (heads * dim, kv_heads * dim)
-        both = _without_dropout(fused, last)
+        both = _without_dropout(fused, last, scale)
         bounds = (widths[0], sum(widths))
 
         def queries(x: Tensor) -> Tensor:
@@ -75,14 +78,14 @@ def _head_sizes(config: Any, model: str) -> tuple[int, int, int]:
         ) from error
 
 
-def _without_dropout(module: nn.Module, layer: Any) -> Callable[[Tensor], Tensor]:
-    """A part of `layer`, called by itself; a sharded layer is gathered for the call."""
+def _without_dropout(module: nn.Module, layer: Any, scale: float) -> Callable[[Tensor], Tensor]:
+    """A part of `layer`, called by itself with x / scale; a sharded layer is gathered for it."""
 
     def run(x: Tensor) -> Tensor:
         if is_unit(layer):
             layer.unshard()
         with inference(module):
-            out: Tensor = module(x)
+            out: Tensor = module(x if scale == 1 else x / scale)
         if is_unit(layer):
             layer.reshard()
         return out

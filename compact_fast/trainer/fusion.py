@@ -282,11 +282,17 @@ class _Fusion:
             return alpha.new_zeros(())
         weight, bias = self.head.weight.detach(), self.head.bias
         dtype = _head_dtype(weight)
-        head = Head(weight.to(dtype), None if bias is None else bias.detach(), _HEAD_BYTES)
+        head = Head(
+            weight.to(dtype),
+            None if bias is None else bias.detach(),
+            _HEAD_BYTES,
+            self.head.softcap,
+        )
         value, pulls = compare_stretches(
             [head.logits(read[k].answer.to(dtype)).clone() for k in members],
             [weights[k] for k in members],
             self.config.pair_floor,
+            self.head.softcap,
         )
         for i, pull in pulls.items():
             k = members[i]

@@ -149,6 +149,7 @@ def run_spec(
         vocabulary,
         width,
         head.bias is not None,
+        softcap=head.softcap,
     )
 
 
@@ -227,6 +228,7 @@ def compact_step(
         backend=backend,
         normalizer=normalizer,
         head_bias=head.bias,
+        softcap=head.softcap,
     )
 
 
@@ -254,6 +256,12 @@ def prior_logp(model: Any, inputs: Mapping[str, Any], backend: CompactBackend | 
     with inference(causal_model(model)):
         hidden = packed_hidden(head.body, inputs)
     layout: TokenLayout = inputs["layout"]
-    targets = layout.on_host.targets
-    logp = token_logp(hidden, head.weight, targets, backend=backend, head_bias=head.bias)
+    logp = token_logp(
+        hidden,
+        head.weight,
+        layout.on_host.targets,
+        backend=backend,
+        head_bias=head.bias,
+        softcap=head.softcap,
+    )
     return segment_sum(logp, layout).float()

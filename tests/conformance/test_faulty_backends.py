@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from compact_fast import reference, scores
+from compact_fast.backends.head import Head
 from compact_fast.backends.protocol import Gradients
 from compact_fast.backends.reference_backend import ReferenceBackend
 from compact_fast.backends.torch_backend import TorchBackend
@@ -258,7 +259,7 @@ class Rounded(ReferenceBackend):
 class Forgetful(ReferenceBackend):
     """Leaves the log-sum-exp out of token_logp."""
 
-    def token_logp(self, hidden, weight, bias, targets, statistics):
+    def token_logp(self, hidden, weight, bias, targets, statistics, softcap=0.0):
         logits = hidden @ weight.T + bias
         _, entropy, correct = super().token_logp(hidden, weight, bias, targets, statistics)
         return reference.pick_targets(logits, targets), entropy, correct
@@ -274,6 +275,26 @@ class Rounding(ReferenceBackend):
         logits = (hidden.float() @ weight.float().T + bias.float()).to(hidden.dtype).float()
         logp = reference.pick_targets(logits.log_softmax(-1), layout.targets)
         return good._replace(token_logp=logp)
+
+
+class Uncapped(ReferenceBackend):
+    """Takes a cap and does nothing with it."""
+
+    def score_and_loss(self, hidden, weight, bias, layout, consensus, attention, config, *rest):
+        normalizer, needs, statistics = rest[:3]
+        return super().score_and_loss(
+            hidden, weight, bias, layout, consensus, attention, config, normalizer, needs,
+            statistics,
+        )  # fmt: skip
+
+
+class Flat(TorchBackend):
+    """Caps logits, but its gradients take the cap for the identity."""
+
+    def score_and_loss(self, *args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Head, "slope", lambda head, z: None)
+            return super().score_and_loss(*args)
 
 
 class Restless(ReferenceBackend):
@@ -335,6 +356,8 @@ def test_a_faulty_backend_is_told_its_fault(spoil):
         (Restless(), "loss: other bits on a second call"),
         (Overconfident(name="overconfident"), "more than the bound 0 that is reported"),
         (Blunt(), r"entries of at least skip_below=0\.05 are .* none of them may be left out"),
+        (Uncapped(name="uncapped"), r"nll \(softcap\).*logits without their cap"),
+        (Flat(name="flat"), r"gradient of hidden \(softcap\).*the cap's slope, .* is missing"),
         (Rounded(), r"token_logp \(torch.float32 states, torch.bfloat16 head\)"),
     ],
     ids=[
@@ -343,6 +366,8 @@ def test_a_faulty_backend_is_told_its_fault(spoil):
         "not repeatable",
         "false bound",
         "blunt",
+        "no cap",
+        "no slope",
         "rounded states",
     ],
 )

@@ -56,9 +56,9 @@ CONFIGS = [
 ]
 
 
-def student(*, lora: bool, **changes: Any) -> Any:
+def student(kind: str = "llama", *, lora: bool, **changes: Any) -> Any:
     """Both halves of an adapter at work: a fresh one's B is zero, and half of its gradients too."""
-    model = make_student("llama", lora=lora, **changes)
+    model = make_student(kind, lora=lora, **changes)
     torch.manual_seed(3)
     for name, p in model.named_parameters():
         if "lora_B" in name:
@@ -84,6 +84,17 @@ def test_equal_to_the_packed_step(config: CompactConfig, lora: bool) -> None:
                 assert_same(value.detach(), getattr(fused, name).detach(), 1e-6)
         pulled += float(packed.loss_consistency)
     assert pulled > 0 or config.consistency == "off" or config.weighting == "correct"
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "granite"])
+def test_capped_and_scaled_logits(kind: str) -> None:
+    config = CompactConfig(consensus="both", filter_below=0.0, consistency_weight=0.7)
+    model = student(kind, lora=False).double()
+    packed, expected, fused, found = both(model, make_rows(5), config)
+    assert float(packed.loss_consistency) > 0
+    assert_same(packed.weights, fused.weights, 1e-6)
+    for name in expected:
+        assert_same(expected[name], found[name], 1e-6)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -20,6 +25,16 @@ from compact_fast.students import LoraSettings, add_lora
 from compact_fast.trainer import CompactTrainer, CompactTrainingArguments
 
 VOCAB = 48
+# The logits of the last two are capped and scaled.
+CAP, SCALE = 0.7, 4.0
+STUDENTS: dict[str, Callable[..., Any]] = {
+    "llama": lambda **s: LlamaForCausalLM(LlamaConfig(**s)),
+    "qwen2": lambda **s: Qwen2ForCausalLM(Qwen2Config(**s)),
+    "gemma2": lambda **s: Gemma2ForCausalLM(
+        Gemma2Config(**s, head_dim=4, final_logit_softcapping=CAP)
+    ),
+    "granite": lambda **s: GraniteForCausalLM(GraniteConfig(**s, logits_scaling=1 / SCALE)),
+}
 TEACHERS = ["ann", "bob", "cyd"]
 THINKING = [5, 6]
 # A method whose weights depend on everything, without a filter that leaves one teacher alone.
@@ -41,10 +56,7 @@ def make_student(kind: str = "llama", *, lora: bool = False, seed: int = 0, **ch
         **changes,
     }
     torch.manual_seed(seed)
-    if kind == "llama":
-        model: Any = LlamaForCausalLM(LlamaConfig(**settings))
-    else:
-        model = Qwen2ForCausalLM(Qwen2Config(**settings))
+    model = STUDENTS[kind](**settings)
     return add_lora(model, LoraSettings(r=4, dropout=0.0)) if lora else model
 
 

@@ -4,9 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from compact_fast.triton_kernels import launch, logits_gemm
 from compact_fast.triton_kernels.row_softmax import row_softmax, row_softmax_ref
 from compact_fast.triton_kernels.row_statistics import row_dot, row_dot_ref, row_statistics_ref
+from compact_fast.triton_kernels.soft_cap import soft_cap, soft_cap_ref, soft_cap_slope
 from compact_fast.triton_kernels.token_logp import exps_buffer, measure_rows, measure_rows_ref
 
 CONFIG = launch.LOGITS_GEMM["interpreter"]
@@ -23,11 +26,13 @@ def problem(n=45, V=149, D=60, dtype=torch.float32, scale=1.0, seed=0):
     return x, w, b, y
 
 
-def check_rows(out, x, w, b, y, exps=None, tolerance=2e-5):
+def check_rows(out, x, w, b, y, exps=None, tolerance=2e-5, cap=0.0):
     """Against float64 from the same inputs."""
-    logits = x.double() @ w.double().T
+    logits, slope = x.double() @ w.double().T, torch.ones(())
     if b is not None:
         logits = logits + b.double()
+    if cap:
+        logits, slope = soft_cap_ref(logits, cap)
     logp, lse, entropy, correct = row_statistics_ref(logits, y)
     near = {"atol": tolerance, "rtol": 1e-6, "check_dtype": False}
     torch.testing.assert_close(out.logp, logp, **near)
@@ -39,6 +44,7 @@ def check_rows(out, x, w, b, y, exps=None, tolerance=2e-5):
         labelled = (y >= 0).nonzero().squeeze(1)
         expected = logits.softmax(1)
         expected[labelled, y[labelled]] -= 1
+        expected *= slope
         got = exps.double() / out.total.double()[:, None]
         step = 2.0**-8 if exps.dtype == torch.bfloat16 else 2e-6
         assert (got - expected).abs().div(expected.abs() + 1e-30).max() < step + 4 * tolerance
@@ -47,14 +53,16 @@ def check_rows(out, x, w, b, y, exps=None, tolerance=2e-5):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tma", [False, True])
-def test_fused_rows(dtype, bias, tma, monkeypatch):
+@pytest.mark.parametrize("cap", [0.0, 15.0])
+def test_fused_rows(dtype, bias, tma, cap, monkeypatch):
     # 64 columns of x: what bulk copies can describe
     x, w, b, y = problem(D=64 if tma else 60, dtype=dtype)
     monkeypatch.setitem(launch.LOGITS_GEMM, "interpreter", replace(CONFIG, tma=tma))
     exps = exps_buffer(len(y), w)
-    out = measure_rows(x, w, b if bias else None, y, exps=exps, statistics=True)
-    check_rows(out, x, w, b if bias else None, y, exps)
-    plain = measure_rows(x, w, b if bias else None, y)  # forward only: no E, no entropy
+    b = b if bias else None
+    out = measure_rows(x, w, b, y, exps=exps, statistics=True, softcap=cap)
+    check_rows(out, x, w, b, y, exps, cap=cap)
+    plain = measure_rows(x, w, b, y, softcap=cap)  # forward only: no E, no entropy
     assert torch.equal(plain.logp, out.logp)
     assert torch.equal(plain.logsumexp, out.logsumexp)
 
@@ -126,23 +134,54 @@ def test_a_row_does_not_depend_on_the_others():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_row_softmax(dtype, scale):
+@pytest.mark.parametrize("cap", [0.0, 15.0])
+def test_row_softmax(dtype, scale, cap):
     x, w, b, y = problem(n=13, V=5003, D=8, scale=scale)  # two blocks, the second ragged
     logits = x @ w.T + b
     buffer = torch.full((13, 5056), torch.nan)
     buffer[:, :5003] = logits
-    exps, out = row_softmax(buffer[:, :5003], y, dtype, statistics=True)
+    exps, out = row_softmax(buffer[:, :5003], y, dtype, statistics=True, softcap=cap)
+    wide, slope = logits.double(), torch.ones(())
+    if cap:
+        wide, slope = soft_cap_ref(wide, cap)
     assert exps.data_ptr() == buffer.data_ptr()
     tolerance = {"atol": 2e-5 * max(1, scale / 10), "rtol": 1e-5, "check_dtype": False}
     for got, want in zip(
-        (out.logp, out.logsumexp, out.entropy), row_statistics_ref(logits.double(), y), strict=False
+        (out.logp, out.logsumexp, out.entropy), row_statistics_ref(wide, y), strict=False
     ):
         torch.testing.assert_close(got, want, **tolerance)
-    assert torch.equal(out.correct, row_statistics_ref(logits, y)[3])
-    e, total = row_softmax_ref(logits.double(), y)
+    if not cap:  # which lets the largest logits of a row become equal
+        assert torch.equal(out.correct, row_statistics_ref(logits, y)[3])
+    e, total = row_softmax_ref(wide, y)
+    e *= slope
     torch.testing.assert_close(out.total.double(), total, rtol=1e-5, atol=0)
     step = 2.0**-8 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(exps.double(), e, rtol=step + 1e-5, atol=1e-30)
+    # where the cap is all but reached, its slope is a difference of two numbers near 1
+    least = 1e-6 * total[:, None] if cap else torch.tensor(1e-30)
+    assert bool(((exps.double() - e).abs() <= (step + 1e-5) * e.abs() + least).all())
+
+
+@triton.jit
+def _soft_cap_kernel(z_ptr, c_ptr, slope_ptr, n, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    z = tl.load(z_ptr + at, mask=at < n)
+    c = soft_cap(z, CAP)
+    tl.store(c_ptr + at, c, mask=at < n)
+    tl.store(slope_ptr + at, soft_cap_slope(c, CAP), mask=at < n)
+
+
+@pytest.mark.parametrize("cap", [1.0, 30.0])
+def test_soft_cap(cap):
+    """Both sides of where its formula changes, and far beyond the cap."""
+    z = torch.linspace(-1, 1, 999) ** 3 * 8 * cap
+    z = torch.cat([z, torch.tensor([0.0, 0.1999999, 0.2, 0.2000001]) * cap, torch.tensor([1e4])])
+    c, slope = torch.empty_like(z), torch.empty_like(z)
+    _soft_cap_kernel[(1,)](z, c, slope, z.numel(), CAP=cap, BLOCK=1024)
+    expected, steep = soft_cap_ref(z.double(), cap)
+    ulps = torch.finfo(torch.float32).eps * torch.maximum(expected.abs(), torch.tensor(cap / 5))
+    assert bool(((c - expected).abs() <= 3 * ulps).all())
+    assert bool((c[z == 0] == 0).all())
+    torch.testing.assert_close(slope.double(), steep, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
