@@ -142,7 +142,8 @@ class LoraSettings:
     """Dropout before the adapters."""
 
     lora_targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
-    """Modules that get an adapter; those the student lacks are passed over."""
+    """Modules that get an adapter. The default stands for all linear modules of a layer where the
+    student has other names for them; of a list of your own, those it lacks are passed over."""
 
     def __post_init__(self) -> None:
         _require(self, "lora_r", lambda v: v >= 1, "a whole number >= 1")

@@ -22,4 +22,4 @@ def cap_(z: Tensor, softcap: float) -> Tensor:
 
 def slope(c: Tensor, softcap: float) -> Tensor:
     """dc / dz of capped logits c, in new memory; softcap > 0."""
-    return (c / softcap).square_().neg_().add_(1.0)
+    return torch.addcmul(c.new_ones(1), c, c, value=-(softcap**-2))

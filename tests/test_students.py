@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from compact_fast.softcap import capped
 from compact_fast.students import (
+    LORA_TARGETS,
     LoraSettings,
     add_lora,
     attention_projections,
@@ -37,9 +41,11 @@ from compact_fast.students import (
     inference,
     load_student,
     logit_scale,
+    merged,
     prepare_checkpointing,
     resolve_dtype,
 )
+from compact_fast.students.loading import describe
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,
@@ -263,11 +269,52 @@ def test_layers_with_heads_of_different_sizes_are_refused_by_name() -> None:
 # ---- adapters --------------------------------------------------------------------------------
 
 
-def test_only_targets_that_exist_are_taken() -> None:
-    phi = add_lora(make("phi3"), LoraSettings(r=2))
-    assert phi.peft_config["default"].target_modules == {"o_proj", "down_proj"}
+def targets_of(model: Any, caplog: Any, **settings: Any) -> tuple[set[str], str]:
+    """(modules with an adapter, what the log said)."""
+    caplog.clear()
+    with caplog.at_level("INFO"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapped = add_lora(model, LoraSettings(r=2, **settings))
+    return wrapped.peft_config["default"].target_modules, caplog.text
+
+
+def test_adapters_sit_on_all_linear_modules_of_a_layer(caplog: Any) -> None:
+    """Whatever a family calls them; the default's names are Llama's."""
+    llama, said = targets_of(make("llama"), caplog)
+    assert llama == set(LORA_TARGETS)
+    assert not said
+    phi, said = targets_of(make("phi3"), caplog)
+    assert phi == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    assert "Phi3ForCausalLM: the adapter sits on down_proj, gate_up_proj, o_proj, qkv_proj" in said
+    gpt2, _ = targets_of(make_gpt2(), caplog)
+    assert gpt2 == {"c_attn", "c_fc", "c_proj"}
+    line = describe(add_lora(make_gpt2(), LoraSettings(r=2)), "folder")
+    assert "M trained on c_attn, c_fc, c_proj, float32" in line
+    assert "M trained, float32" in describe(add_lora(make("llama"), LoraSettings(r=2)), "folder")
+    sizes = {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    mixture, _ = targets_of(Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)), caplog)
+    assert "gate" not in mixture
+    assert {"q_proj", "o_proj"} <= mixture
+
+
+def test_of_a_list_of_ones_own_those_that_exist_are_taken(caplog: Any) -> None:
+    some, said = targets_of(make("phi3"), caplog, targets=("o_proj", "q_proj"))
+    assert some == {"o_proj"}
+    assert "lora_targets: Phi3ForCausalLM has no q_proj" in said
     with pytest.raises(ValueError, match=r"GPT2LMHeadModel has none of them.*c_attn, c_fc, c_proj"):
-        add_lora(make_gpt2(), LoraSettings())
+        add_lora(make_gpt2(), LoraSettings(targets=("q_proj",)))
+
+
+def test_an_adapter_on_modules_of_other_names_trains_and_merges() -> None:
+    model = add_lora(make_gpt2(), LoraSettings(r=2, dropout=0.0))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.3)
+    model.eval()
+    logits = model(input_ids=IDS).logits
+    assert not torch.allclose(logits, make_gpt2().eval()(input_ids=IDS).logits)
+    torch.testing.assert_close(merged(model)(input_ids=IDS).logits, logits)
 
 
 def test_the_adapter_starts_from_its_seed_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,20 @@ from torch import nn
 
 from compact_fast.students.parts import head_name
 
+logger = logging.getLogger(__name__)
+
+# What Llama and most families after it call the linear modules of a layer.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_ROUTERS = ("gate", "router", "shared_expert_gate")  # which expert takes a token is left alone
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """A low-rank adapter. `targets` are names of linear modules; those the student has are used."""
+    """A low-rank adapter.
+
+    `targets` are names of linear modules, of which those the student has are used. The default,
+    LORA_TARGETS, stands for all linear modules of a layer where some have other names.
+    """
 
     r: int = 16
     alpha: int = 32
@@ -28,30 +37,24 @@ class LoraSettings:
 def add_lora(model: Any, settings: LoraSettings, *, base: str | None = None, seed: int = 0) -> Any:
     """Wrap a model by peft; only the adapter trains. `base` is the spec stored in the adapter.
 
-    Raises ValueError when none of the targets exists (naming those that do), or when the head is
-    a target.
+    The log says when the adapter sits on other modules than those that were named. Raises
+    ValueError when there is none to sit on (naming those that the model has), or when the head is a
+    target.
     """
     from peft import LoraConfig, get_peft_model
 
     head = head_name(model)
     if head in settings.targets:
         raise ValueError(f"lora_targets: {head}: an adapter on the head is not supported")
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    }
-    targets = [name for name in settings.targets if name in linear]
-    if not targets:
-        raise ValueError(
-            f"lora_targets={','.join(settings.targets)}: {type(model).__name__} has none of them; "
-            f"its linear modules are {', '.join(sorted(linear - {head}))}"
-        )
+    linear = {n: m for n, m in model.named_modules() if _is_linear(m)}
+    targets = _targets(settings.targets, [name for name in linear if name != head], model)
+    chosen = [m for n, m in linear.items() if n.rsplit(".", 1)[-1] in targets]
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=targets,
+        fan_in_fan_out=all(not isinstance(m, nn.Linear) for m in chosen),
         task_type="CAUSAL_LM",
     )
     # The adapter's start must not depend on what ran before.
@@ -62,6 +65,34 @@ def add_lora(model: Any, settings: LoraSettings, *, base: str | None = None, see
     if base is not None:
         model.peft_config["default"].base_model_name_or_path = _lasting(base)
     return model
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _targets(wanted: tuple[str, ...], linear: list[str], model: Any) -> list[str]:
+    """Names of the modules that get an adapter, of those that are wanted."""
+    there = {name.rsplit(".", 1)[-1] for name in linear}
+    missing = [name for name in wanted if name not in there]
+    if not missing:
+        return list(wanted)
+    kind = type(model).__name__
+    if wanted == LORA_TARGETS:
+        # in a layer: some part of the whole name is its number
+        inside = {n.rsplit(".", 1)[-1] for n in linear if any(map(str.isdigit, n.split(".")))}
+        found = sorted(inside.difference(_ROUTERS))
+        if found:
+            logger.info("%s: the adapter sits on %s", kind, ", ".join(found))
+            return found
+    found = [name for name in wanted if name in there]
+    if not found:
+        raise ValueError(
+            f"lora_targets={','.join(wanted)}: {kind} has none of them; its linear modules are "
+            f"{', '.join(sorted(there))}"
+        )
+    logger.warning("lora_targets: %s has no %s", kind, ", ".join(missing))
+    return found
 
 
 def _lasting(spec: str) -> str:

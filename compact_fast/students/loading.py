@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 
-from compact_fast.students.adapters import LoraSettings, add_lora, prepare_checkpointing
+from compact_fast.students.adapters import (
+    LORA_TARGETS,
+    LoraSettings,
+    add_lora,
+    prepare_checkpointing,
+)
 from compact_fast.students.parts import causal_model, check_head
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -194,12 +199,18 @@ def _load_adapter(spec: str, dtype: torch.dtype, *, trainable: bool) -> tuple[An
 
 
 def describe(model: Any, spec: str, *, training: bool = True) -> str:
-    """One line: class, parameters, trained share (in training), dtype."""
+    """One line: class, parameters, trained share (in training) and where it lies if not where it
+    mostly does, dtype."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     name = type(causal_model(model)).__name__
     share = f"{trained / 1e6:.2f}M trained, " if trained < total else "all trained, "
+    adapter = getattr(model, "peft_config", {}).get("default")
+    where = getattr(adapter, "target_modules", None)
+    if where and set(where) != set(LORA_TARGETS):
+        names = where if isinstance(where, str) else ", ".join(sorted(where))
+        share = f"{trained / 1e6:.2f}M trained on {names}, "
     return f"{spec}: {name}, {total / 1e6:.1f}M parameters, {share if training else ''}{dtype}"
 
 
