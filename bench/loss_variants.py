@@ -16,16 +16,19 @@ from torch.utils.checkpoint import checkpoint
 
 from bench.gpu_peers import torch_weighted
 from compact_fast.benchmark.loss import (
+    METHOD,
     Problem,
     Shape,
     eager,
     make_problem,
+    ours,
     own_variants,
     weighted_nll,
 )
 
 SMALL = Shape(1024, 49152, 576)
 LARGE = Shape(2048, 151936, 896)
+SOFTCAP = 30.0
 LENGTH = 64  # positions of a rationale, four to a question
 
 
@@ -61,6 +64,13 @@ def _chunked(p: Problem) -> Tensor:
     return torch.stack(losses).sum()
 
 
+def _capped(p: Problem) -> Tensor:
+    """As a training loop would write it for Gemma."""
+    logits = SOFTCAP * torch.tanh(p.hidden @ p.weight.T / SOFTCAP)
+    nll = torch.nn.functional.cross_entropy(logits, p.layout.targets, reduction="none")
+    return (nll * p.scale).sum()
+
+
 def _cut_cross_entropy(p: Problem) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
@@ -83,4 +93,9 @@ def variants(p: Problem) -> dict[str, Callable[[], object]]:
         losses["F.linear_cross_entropy"] = torch_weighted
     if importlib.util.find_spec("cut_cross_entropy") is not None:
         losses["cut-cross-entropy, torch"] = _cut_cross_entropy
-    return own_variants(p, "torch") | {name: eager(p, loss) for name, loss in losses.items()}
+    others = {name: eager(p, loss) for name, loss in losses.items()}
+    capped = {
+        "compact_loss, softcap": ours(p, "torch", METHOD, softcap=SOFTCAP),
+        "eager, softcap": eager(p, _capped),
+    }
+    return own_variants(p, "torch") | others | capped

@@ -108,7 +108,11 @@ def bare_products(problem: Problem) -> Callable[[], object]:
 
 
 def ours(
-    problem: Problem, backend: str | CompactBackend, config: CompactConfig
+    problem: Problem,
+    backend: str | CompactBackend,
+    config: CompactConfig,
+    *,
+    softcap: float = 0.0,
 ) -> Callable[[], object]:
     """compact_loss and its backward pass."""
 
@@ -121,6 +125,7 @@ def ours(
             consensus=problem.consensus,
             config=config,
             backend=backend,
+            softcap=softcap,
         )
         out.loss.backward()  # type: ignore[no-untyped-call]
         return out
@@ -149,6 +154,7 @@ def eager(
     return run
 
 
+METHOD = CompactConfig(filter_below=0.0)
 PLAIN = CompactConfig(weighting=FIXED, consistency="off", beta_mi=0.0)
 """Fixed weights and nothing else: what the others compute."""
 
@@ -157,13 +163,12 @@ def own_variants(
     problem: Problem, backend: str | CompactBackend, *, skip_below: Sequence[float] = ()
 ) -> dict[str, Callable[[], object]]:
     """The bare products, the loss with all of the method, and with fixed weights alone."""
-    method = CompactConfig(filter_below=0.0)
     out = {
         "bare products": bare_products(problem),
-        "compact_loss": ours(problem, backend, method),
+        "compact_loss": ours(problem, backend, METHOD),
         "compact_loss, fixed weights": ours(problem, backend, PLAIN),
     }
     for eps in skip_below:
         name = f"compact_loss, skip_below {eps:.2g}"
-        out[name] = ours(problem, backend, replace(method, skip_below=eps))
+        out[name] = ours(problem, backend, replace(METHOD, skip_below=eps))
     return out
