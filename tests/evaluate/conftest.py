@@ -6,6 +6,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -51,6 +55,12 @@ def make_model(kind):
     if kind == "llama":
         config = LlamaConfig(**SIZES, tie_word_embeddings=False, initializer_range=0.3)
         return LlamaForCausalLM(config).eval()
+    if kind == "gemma2":  # capped logits
+        capped = {"head_dim": 8, "final_logit_softcapping": 2.0, "initializer_range": 0.3}
+        return Gemma2ForCausalLM(Gemma2Config(**SIZES, **capped)).eval()
+    if kind == "granite":  # scaled ones
+        scaled = {"logits_scaling": 2.0, "initializer_range": 0.3}
+        return GraniteForCausalLM(GraniteConfig(**SIZES, **scaled)).eval()
     config = Qwen2Config(**SIZES, tie_word_embeddings=True, initializer_range=0.3)
     return Qwen2ForCausalLM(config).eval()
 
@@ -60,7 +70,7 @@ def tokenizer():
     return make_tokenizer()
 
 
-@pytest.fixture(scope="session", params=["llama", "qwen2"])
+@pytest.fixture(scope="session", params=["llama", "qwen2", "gemma2", "granite"])
 def model(request):
     return make_model(request.param)
 
