@@ -20,6 +20,6 @@ def cap_(z: Tensor, softcap: float) -> Tensor:
     return z.div_(softcap).tanh_().mul_(softcap) if softcap else z
 
 
-def slope(c: Tensor, softcap: float) -> Tensor:
-    """dc / dz of capped logits c, in new memory; softcap > 0."""
-    return torch.addcmul(c.new_ones(1), c, c, value=-(softcap**-2))
+def slope(c: Tensor, softcap: float, out: Tensor | None = None) -> Tensor:
+    """dc / dz of capped logits c, in new memory or `out`; softcap > 0."""
+    return torch.addcmul(c.new_ones(1), c, c, value=-(softcap**-2), out=out)

@@ -92,9 +92,9 @@ class Head:
             z += self.bias[a : a + block.shape[0]]
         return cap_(z, self.softcap)
 
-    def slope(self, z: Tensor) -> Tensor | None:
+    def slope(self, z: Tensor, out: Tensor | None = None) -> Tensor | None:
         """What a gradient by these logits is multiplied with to be one by the products; None: 1."""
-        return slope(z, self.softcap) if self.softcap else None
+        return slope(z, self.softcap, out) if self.softcap else None
 
     def add_back(self, into: Tensor, g: Tensor, block: Tensor) -> None:
         """Add the first n rows of g [n or more, w] times the vocabulary block [w, D] to `into`

@@ -31,6 +31,7 @@ class RowPass:
         self.stats = TokenStatistics.empty(targets, torch.float64, full=statistics)
         self._full = statistics
         self._buffer = head.weight.new_empty(0, dtype=head.dtype)
+        self._slopes = self._buffer
 
     def take(self, rows: Tensor) -> Tensor:  # [n] -> [n, D]
         """Hidden states of packed positions, in the dtype of the products."""
@@ -71,7 +72,7 @@ class RowPass:
             z = head.multiply(x, block, a, place)
             if kept is not None:
                 kept[:, a:b] = z[at : at + kept.shape[0]]
-            slope = head.slope(z)
+            slope = self._slope(z)
             shrink = online.update(z, a, NO_ROWS if held is None else held.raw)
             if slope is not None:
                 if held is not None:
@@ -127,7 +128,7 @@ class RowPass:
         def again(i: int) -> Tensor:
             a, b = held.blocks[i]
             z = head.multiply(x, head.block(a, b), a, None if head.makes_memory else held.room(i))
-            slope = head.slope(z)
+            slope = self._slope(z)
             online.update(z, a)  # the same logits, so below the same peak
             return z if slope is None else z.mul_(slope)
 
@@ -136,6 +137,14 @@ class RowPass:
         own[held.raw] = False
         amount = factor * self._of_targets(soft)
         grads.subtract_targets(head, rows, x, targets, amount, own, hidden=False)
+
+    def _slope(self, z: Tensor) -> Tensor | None:
+        """`Head.slope` of a block, in memory that the next call overwrites."""
+        if not self.head.softcap:
+            return None
+        if self._slopes.numel() < z.numel():
+            self._slopes = self._slopes.new_empty(z.numel())
+        return self.head.slope(z, self._slopes[: z.numel()].view(z.shape))
 
     def _of_targets(self, soft: Softmax) -> Tensor:
         """What `factor` makes minus the gradient by the targets' products, [n]."""
