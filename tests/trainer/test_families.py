@@ -28,6 +28,8 @@ FAMILIES = {
     "gemma": "segments",
     "gemma2": "padded",
     "gemma3_text": "segments",
+    "gemma3n_text": "segments",
+    "gemma4_text": "segments",
     "glm4": "segments",
     "gpt2": "segments",
     "gpt_neox": "segments",
@@ -85,6 +87,23 @@ OWN: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.5},
     "deepseek_v3": {"num_key_value_heads": 4},
     "gemma2": {"final_logit_softcapping": 1.0},
+    "gemma3n_text": {
+        "activation_sparsity_pattern": [0.0] * 5,
+        "final_logit_softcapping": 1.0,
+        "hidden_size_per_layer_input": 4,
+        "intermediate_size": [48] * 5,
+        "laurel_rank": 4,
+        "num_hidden_layers": 5,
+        "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": VOCAB,
+    },
+    "gemma4_text": {
+        "final_logit_softcapping": 1.0,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 4,
+        "num_hidden_layers": 6,
+        "vocab_size_per_layer_input": VOCAB,
+    },
     "granite": {"logits_scaling": 0.25},
     "minicpm3": {"num_key_value_heads": 4},
     "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
@@ -95,13 +114,10 @@ def make(family: str) -> Any:
     if family not in CONFIG_MAPPING_NAMES:
         pytest.skip(f"this version of transformers has no {family}")
     usual = AutoConfig.for_model(family)
-    sizes = {name: value for name, value in SIZES.items() if hasattr(usual, name)}
-    computed = {n for n in sizes if isinstance(getattr(type(usual), n, None), property)}
-    kept = {name: value for name, value in sizes.items() if name not in computed}
+    sizes = {n: value for n, value in SIZES.items() if n in vars(usual) or n in usual.attribute_map}
+    config = AutoConfig.for_model(family, **{**sizes, **OWN.get(family, {})})
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, **{**kept, **OWN.get(family, {})}), dtype=torch.float32
-    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     assert sum(p.numel() for p in model.parameters()) < 3e6
     return model.eval()
 
