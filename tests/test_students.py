@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -272,7 +273,8 @@ def test_layers_with_heads_of_different_sizes_are_refused_by_name() -> None:
 def targets_of(model: Any, caplog: Any, **settings: Any) -> tuple[set[str], str]:
     """(modules with an adapter, what the log said)."""
     caplog.clear()
-    with caplog.at_level("INFO"), warnings.catch_warnings():
+    logging.getLogger("compact_fast").propagate = True  # the command line turns it off
+    with caplog.at_level("INFO", logger="compact_fast"), warnings.catch_warnings():
         warnings.simplefilter("error")
         wrapped = add_lora(model, LoraSettings(r=2, **settings))
     return wrapped.peft_config["default"].target_modules, caplog.text
