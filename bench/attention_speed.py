@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bench.measure import interleaved, median, print_table, write_csv
 from compact_fast.lean import attention
+from compact_fast.trainer.packing import shared_mask
 
 HEADS = {"SmolLM2-135M": (9, 3, 64), "Llama 3.2 1B": (32, 8, 64), "Qwen2.5-7B": (28, 4, 128)}
 TREES = {
@@ -33,20 +34,12 @@ def make(heads: int, kv_heads: int, width: int, tokens: int) -> list[Tensor]:
     return [torch.randn(s, generator=generator).transpose(1, 2).requires_grad_() for s in sizes]
 
 
-def seen(tree: tuple[int, ...]) -> Tensor:
-    """Who sees whom, [1, 1, N, N] bool."""
-    prompt, *rationales = tree
-    part = torch.repeat_interleave(torch.arange(len(tree)), torch.tensor([prompt, *rationales]))
-    rows, columns = part[:, None], part[None]
-    causal = torch.ones(len(part), len(part), dtype=torch.bool).tril()
-    return (causal & ((columns == 0) | (columns == rows)))[None, None]
-
-
 def variants(
     tensors: list[Tensor], tree: tuple[int, ...], *, back: bool
 ) -> dict[str, Callable[[], Tensor]]:
     """Each way's result [1, N, heads, d]; with `back` its gradients, too."""
-    mask = seen(tree)
+    part = torch.repeat_interleave(torch.arange(len(tree)), torch.tensor(tree))
+    mask = shared_mask(part[None])
 
     def by_segments() -> Tensor:
         query, key, value = tensors

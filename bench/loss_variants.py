@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,13 +65,6 @@ def _chunked(p: Problem) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def _capped(p: Problem) -> Tensor:
-    """As a training loop would write it for Gemma."""
-    logits = SOFTCAP * torch.tanh(p.hidden @ p.weight.T / SOFTCAP)
-    nll = torch.nn.functional.cross_entropy(logits, p.layout.targets, reduction="none")
-    return (nll * p.scale).sum()
-
-
 def _cut_cross_entropy(p: Problem) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
@@ -96,6 +90,6 @@ def variants(p: Problem) -> dict[str, Callable[[], object]]:
     others = {name: eager(p, loss) for name, loss in losses.items()}
     capped = {
         "compact_loss, softcap": ours(p, "torch", METHOD, softcap=SOFTCAP),
-        "eager, softcap": eager(p, _capped),
+        "eager, softcap": eager(p, partial(weighted_nll, softcap=SOFTCAP)),
     }
     return own_variants(p, "torch") | others | capped

@@ -44,7 +44,9 @@ def compact_loss(
     leaves out more. gradient_error has all three bounds, whichever gradients are taken.
     """
     config = config or CompactConfig()
-    check_loss_inputs(hidden, lm_head_weight, layout, consensus, attention, config, head_bias)
+    check_loss_inputs(
+        hidden, lm_head_weight, layout, consensus, attention, config, head_bias, softcap
+    )
     dtype = statistics_dtype(hidden.dtype)  # of the results
     z = logits(hidden, lm_head_weight, head_bias, softcap)  # [T, V]
     logp = z.log_softmax(-1)

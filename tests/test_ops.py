@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from compact_fast import CompactConfig, compact_loss, token_logp
+from compact_fast import CompactConfig, compact_loss, reference, token_logp
 from compact_fast.backends.torch_backend import TorchBackend
 from compact_fast.ops import LAYOUT_FIELDS
 from compact_fast.testing import random_batch
@@ -132,6 +132,13 @@ def test_what_does_not_go_with_a_cap_is_refused():
     config = CompactConfig(skip_below=0.1)
     with pytest.raises(ValueError, match=r"skip_below=0\.1: no gradients are left out of soft-cap"):
         compact_loss(*args, consensus=batch.consensus, softcap=30.0, config=config)
+
+
+def test_the_reference_refuses_them_when_called_by_itself():
+    batch = random_batch(seed=8)
+    config = CompactConfig(skip_below=0.1)
+    with pytest.raises(ValueError, match="no gradients are left out of soft-capped"):
+        reference.compact_loss(batch.hidden, batch.weight, batch.layout, config=config, softcap=3.0)
 
 
 def test_a_backend_without_a_cap_is_not_asked_for_one():

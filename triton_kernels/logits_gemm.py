@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import FUSED, GemmConfig, num_processors
-from .soft_cap import soft_cap, soft_cap_slope
+from .soft_cap import soft_cap, soft_cap_ref, soft_cap_slope
 
 
 class Partials(NamedTuple):
@@ -332,8 +332,9 @@ def logits_exp_ref(
     z = x @ weight.T
     if bias is not None:
         z = z + bias
+    steep = None
     if softcap:
-        z = softcap * torch.tanh(z / softcap)
+        z, steep = soft_cap_ref(z, softcap)
     d = z - offset[:, None]
     labelled = (targets >= 0).nonzero().squeeze(1)
     d[labelled, targets[labelled]] = -torch.inf
@@ -347,6 +348,4 @@ def logits_exp_ref(
         for part in d.split(block_n, 1)
     ]
     total, dot, top = (torch.stack(column) for column in zip(*parts, strict=True))
-    if softcap:
-        e = e * (1 - (z / softcap) ** 2)
-    return e, Partials(total, dot, top)
+    return e if steep is None else e * steep, Partials(total, dot, top)

@@ -31,13 +31,14 @@ def gold_logits(
     mean = None if head.softcap else mean_gold(gold, layout.cu_gold)  # [Q, D]
     bias = None if head.bias is None else head.bias[layout.gold_ids]
     out = torch.zeros(layout.num_tokens, dtype=head.dtype, device=layout.device)
+    counts = layout.cu_gold.diff()
     needed = information_positions(layout, config).nonzero().squeeze(1)
     for at in torch.split(needed, FEW):  # without fresh memory for all of them
         question, x = layout.sequence_question[layout.token_sequence[at]], hidden[at].to(head.dtype)
         if mean is not None:
             out[at] = (x * mean[question]).sum(-1)
         else:
-            out[at] = mean_capped(x, gold, bias, layout.cu_gold.diff(), question, head.softcap)
+            out[at] = mean_capped(x, gold, bias, counts, question, head.softcap)
     return out
 
 
@@ -52,5 +53,14 @@ def mean_capped(
     """The mean of the capped logits of a row's gold tokens, [n]; NaN for a question without."""
     z = x @ gold.T
     z = cap_(z if bias is None else z + bias, softcap)
-    total = torch.segment_reduce(z.T.contiguous(), "sum", lengths=counts, axis=0, unsafe=True)
-    return (total / counts[:, None]).gather(0, question[None]).squeeze(0)
+    return segment_mean(z.T.contiguous(), counts).gather(0, question[None]).squeeze(0)
+
+
+def segment_mean(
+    rows: Tensor,  # [G, n]
+    counts: Tensor,  # [Q], on the device of `rows`, which is not waited for
+) -> Tensor:
+    """Mean over each question's rows, [Q, n]; NaN where it has none."""
+    # in the order of the rows; on a GPU index_add would use atomics
+    total = torch.segment_reduce(rows, "sum", lengths=counts, axis=0, unsafe=True)
+    return total / counts[:, None]

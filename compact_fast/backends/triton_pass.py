@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compact_fast.backends.assembly import TokenStatistics, assemble
-from compact_fast.backends.gold_logits import mean_capped
+from compact_fast.backends.gold_logits import mean_capped, segment_mean
 from compact_fast.backends.protocol import LossResult, Needs
 from compact_fast.backends.triton_plan import (
     ConsistencyPlan,
@@ -215,9 +215,7 @@ class TritonPass:
             ):
                 out[at] = mean_capped(hidden[at].float(), rows, bias, counts, q, head.softcap)
             return out
-        # in the order of the tokens; index_add would use atomics
-        total = torch.segment_reduce(rows, "sum", lengths=counts, axis=0, unsafe=True)
-        gold = total / counts[:, None]  # [Q, D]; NaN without a gold answer
+        gold = segment_mean(rows, counts)  # [Q, D]
         out[plan.information_rows] = row_dot(
             hidden.detach(), gold, plan.information_question, rows=plan.information_rows
         )
@@ -275,9 +273,10 @@ class TritonPass:
         x = self.head.take(hidden, rows.clamp(min=0))
         logits = self.head.logits(x)
         # these are few rows; their smallest entries would vanish in float16
-        narrow, cap = self.head.dtype == torch.bfloat16, self.head.softcap
-        once = narrow and not cap  # rounded
-        grad = torch.empty_like(logits, dtype=torch.bfloat16 if once else torch.float32)
+        dtype = torch.bfloat16 if self.head.dtype == torch.bfloat16 else torch.float32
+        cap = self.head.softcap
+        # rounded once, after the last factor
+        grad = torch.empty_like(logits, dtype=torch.float32 if cap else dtype)
         value: Tensor = consistency(
             logits,
             weight,
@@ -287,7 +286,7 @@ class TritonPass:
             pair_floor=self.config.pair_floor,
         )
         if cap:
-            grad = grad.mul_(slope(logits, cap)).to(torch.bfloat16 if narrow else torch.float32)
+            grad = grad.mul_(slope(logits, cap)).to(dtype)
         there = (lengths > 0) & (weight > 0)
         factor = torch.where(there, self.config.consistency_weight, 0.0).float()
         self.head.add_gradients(grads, rows, x, grad, factor, add=True)

@@ -17,6 +17,7 @@ from compact_fast.backends import CompactBackend
 from compact_fast.config import CompactConfig
 from compact_fast.layout import TokenLayout
 from compact_fast.loss import CompactOutput, compact_loss
+from compact_fast.softcap import capped
 
 FIXED = (0.4, 0.3, 0.2, 0.1)  # uneven, so that nobody can do without weights
 TEACHERS = len(FIXED)
@@ -133,9 +134,9 @@ def ours(
     return run
 
 
-def weighted_nll(problem: Problem) -> Tensor:
+def weighted_nll(problem: Problem, softcap: float = 0.0) -> Tensor:
     """The loss with fixed weights in plain torch, as a training loop would write it."""
-    logits = (problem.hidden @ problem.weight.T).float()
+    logits = capped((problem.hidden @ problem.weight.T).float(), softcap)
     nll = torch.nn.functional.cross_entropy(logits, problem.layout.targets, reduction="none")
     return (nll * problem.scale).sum()
 

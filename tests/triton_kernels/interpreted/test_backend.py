@@ -213,21 +213,22 @@ def replace_nan(result):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_token_logp_and_its_gradients(dtype, monkeypatch):
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_token_logp_and_its_gradients(dtype, cap, monkeypatch):
     hidden, weight, bias, layout, *_ = batch(dtype=dtype)
     config = launch.LOGITS_GEMM["interpreter"]
     monkeypatch.setitem(launch.LOGITS_GEMM, "interpreter", replace(config, tma=True))
     backend, targets = TritonBackend(chunk_bytes=1), layout.targets  # 16 rows a chunk
-    logp, entropy, correct = backend.token_logp(hidden, weight, bias, targets, True)
+    logp, entropy, correct = backend.token_logp(hidden, weight, bias, targets, True, cap)
     exact = (hidden.double(), weight.double(), bias.double())
-    want = REFERENCE.token_logp(*exact, targets, True)
+    want = REFERENCE.token_logp(*exact, targets, True, cap)
     torch.testing.assert_close(logp.double(), want[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(entropy.double(), want[1], rtol=0, atol=1e-5)
     assert torch.equal(correct, want[2] & (targets >= 0))
     upstream = 1e-5 * torch.randn(len(targets))
     upstream[layout.labelled.nonzero()[3]] = 0.0
-    got = backend.token_logp_gradients(upstream, hidden, weight, bias, targets, ALL)
-    grads = REFERENCE.token_logp_gradients(upstream.double(), *exact, targets, ALL)
+    got = backend.token_logp_gradients(upstream, hidden, weight, bias, targets, ALL, cap)
+    grads = REFERENCE.token_logp_gradients(upstream.double(), *exact, targets, ALL, cap)
     near = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-9
     for a, b in zip(got, grads, strict=True):
         # a gradient of 1e-5 is not held by float16; that is for whoever scales losses
